@@ -21,6 +21,7 @@ from experiments.commands.bench import compare as bench_compare
 from experiments.commands.bench import decode
 from experiments.commands.bench import evaluate as bench_evaluate
 from experiments.commands.bench import score as bench_score
+from experiments.commands.bench import serve as bench_serve
 from experiments.commands.bench import train as bench_train
 from experiments.commands.models import compress, convert, coordcheck, merge, show
 from experiments.commands.repeated import each_once
@@ -93,6 +94,7 @@ COMMANDS: Tree = {
             "score": bench_score.score,
             "evaluate": bench_evaluate.evaluate,
             "train": bench_train.train,
+            "serve": bench_serve.serve,
             "compare": bench_compare.compare,
         },
     ),

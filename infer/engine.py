@@ -5,31 +5,30 @@ import functools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from infer.completion import detokenizer
 from infer.constraint import Constraint, words_of
-from infer.decode import ROOM, RUNNING, STOPPED, DecodeState, Emitted, begin, decode
+from infer.decode import ROOM, RUNNING, DecodeState, Emitted, decode
 from infer.prefix_cache import NO_PREFIX, Prefix, PrefixCache
 from infer.prompts import SMALLEST_CHUNK, Prompt, bucket, check_generates, check_prompts, decoder_prompts
 from infer.request import Request
 from infer.sampling import GREEDY, History, SamplerState, Sampling, check_bias, row_keys
+from infer.slots import MOST_STOP_IDS, choose_first, empty_cache, empty_state, insert
 from infer.step import prefill
 from infer.text import Decoder
-from model import Execution, KVCache, ModelConfig, Params, init_cache
+from model import Execution, KVCache, ModelConfig, Params
 from model.accounting import kv_cache_bytes
 from model.ambient import lenient
 from model.cache import CACHE_DTYPES
 from model.dtypes import DTypeLike, dtype_name
 from model.errors import InputError, check_at_least_one, check_whole
 from model.sharding import under_mesh_of
-
-MOST_STOP_IDS = 32  # per request, so that all requests share one program
 
 
 class Totals(NamedTuple):
@@ -108,10 +107,10 @@ class Engine:
         at most the context; for an encoder-decoder also the most tokens of the encoder's prompt. cache_dtype: see
         `init_cache`. cache_bytes: limit on the cache of the slots, which reduces their number; the prompt being
         prefilled takes one slot's bytes more. prefix_bytes: limit on the prefix cache; 0 switches it off, None: a
-        quarter of the slots' cache. steps: tokens per running request in a step, at most ROOM. block, chunk: rounded
-        up to powers of two; a block is at most a chunk. An int8 cache rounds earlier blocks before later ones read
-        them, so that prompts longer than a block may continue differently than in `generate`. key, execution: see
-        `generate`.
+        quarter of the slots' cache, and at least one slot's. steps: tokens per running request in a step, at most
+        ROOM. block, chunk: rounded up to powers of two; a block is at most a chunk. An int8 cache rounds earlier blocks
+        before later ones read them, so that prompts longer than a block may continue differently than in `generate`.
+        key, execution: see `generate`.
         Raises InputError if a number is below 1, steps exceed ROOM, or cache_bytes hold no slot.
         """
         check_generates(config)
@@ -141,9 +140,9 @@ class Engine:
 
         self._sampler = functools.lru_cache(8)(sampler_of)
         with under_mesh_of(self.params):
-            self._state = _empty_state(config, slots, self.capacity, cache_dtype, keys[0])
-            self._cache = _empty_cache(config, self.capacity, cache_dtype)  # of the prompt that is prefilled
-            limit = slots * bytes_per_slot // 4 if prefix_bytes is None else prefix_bytes
+            self._state = empty_state(config, slots, self.capacity, cache_dtype, keys[0])
+            self._cache = empty_cache(config, self.capacity, cache_dtype)  # of the prompt that is prefilled
+            limit = _prefix_bytes(slots, bytes_per_slot) if prefix_bytes is None else prefix_bytes
             self._prefixes = PrefixCache(config, self.block, limit, cache_dtype)
         self._waiting: deque[Request] = deque()
         self._prefill: _Prefill | None = None
@@ -152,7 +151,6 @@ class Engine:
         self._launched_tokens = [0] * slots  # output tokens of the slot's owner, those being computed included
         self._in_flight: _Launched | None = None
         self._ended: list[Request] = []  # without a token of the device; not returned by `step` yet
-        self._finished: Counter[str] = Counter()
         self._totals = Totals(0, 0, {}, 0, 0)
 
     def submit(
@@ -265,8 +263,8 @@ class Engine:
         self._release_ended()
         changed, self._ended = [*self._ended, *changed], []
         changed = list(dict.fromkeys(changed))
-        self._finished.update(request.finish_reason for request in changed if request.finish_reason is not None)
-        self._totals = self._totals._replace(finished=dict(self._finished))
+        finished = Counter(request.finish_reason for request in changed if request.finish_reason is not None)
+        self._totals = self._totals._replace(finished=finished + Counter(self._totals.finished))
         return changed
 
     def warm_up(self, prompt_lengths: Sequence[int] | None = None) -> None:
@@ -299,7 +297,6 @@ class Engine:
                     self.run()
                     self._prefixes.clear()
                     self._last_prefill = None
-        self._finished.clear()
         self._totals = Totals(0, 0, {}, 0, 0)
 
     def _read(self, unread: list[_Launched]) -> list[Request]:
@@ -402,9 +399,9 @@ class Engine:
             limits=one_row(request.max_new_tokens),
             status=one_row(RUNNING),
         )
-        row, emitted = _choose_first(row, logits, masks, constrained)
+        row, emitted = choose_first(row, logits, masks, constrained)
         blocks = np.int32(-(-len(request.prompt) // self.block))
-        self._state = _insert(self.block, self._state, row, self._cache, np.int32(slot), blocks)
+        self._state = insert(self.block, self._state, row, self._cache, np.int32(slot), blocks)
         if request.max_new_tokens > 1:
             self._owners[slot], self._launched_tokens[slot] = request, 1
         return emitted
@@ -486,71 +483,11 @@ class Engine:
         return self.config.eos_token_ids if sampling.stop_ids is None else sampling.stop_ids
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty_cache(config: ModelConfig, capacity: int, dtype: str | None) -> KVCache:
-    return init_cache(config, 1, capacity, dtype, capacity)
+def caches_bytes(config: ModelConfig, slots: int, capacity: int, cache_dtype: DTypeLike | None = None) -> int:
+    """Return the bytes of all caches of an `Engine`: of its slots, of the prompt being prefilled, and of prefixes."""
+    bytes_per_slot = kv_cache_bytes(config, 1, min(capacity, config.max_seq_len), cache_dtype)
+    return (slots + 1) * bytes_per_slot + _prefix_bytes(slots, bytes_per_slot)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _empty_state(config: ModelConfig, slots: int, capacity: int, dtype: str | None, key: PRNGKeyArray) -> DecodeState:
-    """Return stopped rows. They are greedy: one row that samples would make all rows pay for sampling."""
-    samplings = [GREEDY] * slots
-    zeros = jnp.zeros(slots, jnp.int32)
-    return DecodeState(
-        token=zeros,
-        cache=init_cache(config, slots, capacity, dtype, capacity),
-        history=History(jnp.zeros((slots, capacity), jnp.int32), zeros, zeros),
-        sampler=SamplerState.create(
-            samplings, row_keys(samplings, key), config.vocab_size, np.full((slots, MOST_STOP_IDS), -1, np.int32)
-        ),
-        stop_ids=jnp.full((slots, MOST_STOP_IDS), -1, jnp.int32),
-        limits=zeros,
-        status=zeros + STOPPED,
-    )
-
-
-@jax.jit
-def _choose_first(
-    row: DecodeState,
-    logits: Float[Array, "1 vocab"],
-    masks: UInt32[Array, "1 words"],
-    constrained: Bool[Array, " 1"],
-) -> tuple[DecodeState, Emitted]:
-    """Call `begin` without donation: requests with equal settings share the arrays of their sampler."""
-    return begin(row, logits, masks, constrained)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _insert(
-    block: int, state: DecodeState, row: DecodeState, cache: KVCache, slot: Int[Array, ""], blocks: Int[Array, ""]
-) -> DecodeState:
-    """Write a row into a slot, with the first `blocks` blocks of the row's cache.
-
-    The rest of the slot keeps what it held, which is masked. The ring of a sliding-window layer is copied whole.
-    """
-    capacity, zero = state.cache.capacity, np.int32(0)
-    length = min(block, capacity)
-
-    def write(slots: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(slots, new, (slot, *[zero] * (slots.ndim - 1)))
-
-    def write_ring(slots: Array, new: Array) -> Array:
-        return slots if new.shape[2] == capacity else write(slots, new)
-
-    def write_block(number: Array, layers: tuple) -> tuple:
-        # The last block may end outside: JAX moves the slice back, in reading and writing.
-        start = number * jnp.int32(block)
-
-        def copy(slots: Array, new: Array) -> Array:
-            if new.shape[2] != capacity:
-                return slots
-            part = jax.lax.dynamic_slice_in_dim(new, start, length, axis=2)
-            return jax.lax.dynamic_update_slice(slots, part, (slot, zero, start, zero))
-
-        return jax.tree.map(copy, layers, cache.layers)
-
-    layers = jax.tree.map(write_ring, state.cache.layers, cache.layers)
-    layers = jax.lax.fori_loop(jnp.int32(0), blocks, write_block, layers)
-    cache_of_slots: Any = state.cache
-    others = jax.tree.map(write, state.replace(cache=cache_of_slots.replace(layers=())), row)
-    return others.replace(cache=others.cache.replace(layers=layers))
+def _prefix_bytes(slots: int, bytes_per_slot: int) -> int:
+    return max(slots * bytes_per_slot // 4, bytes_per_slot)

@@ -97,17 +97,23 @@ class PrefixCache:
     def add(self, cache: KVCache, prefix: Prefix, tokens: Sequence[int]) -> Prefix:
         """Store the block that ends a cache of one row, which holds the prefix and the block; return both as one.
 
+        A block that is stored already stays as it is: a prompt that ends with it reads it again for its last token.
         The result cannot be continued if there is no room for the block.
         """
         length = prefix.length + len(tokens)
-        row = None if prefix.serial is None else self._free_row(prefix.serial)
-        if row is None or prefix.serial is None:
+        if prefix.serial is None:
             return Prefix(length, None, [])
-        self._last_serial += 1
-        self._blocks[_key(prefix.serial, tokens)] = _Block(self._last_serial, row)
-        self._successors[prefix.serial] = self._successors.get(prefix.serial, 0) + 1
-        self._store = _save(self._store, cache, np.int32(row), np.int32(length))
-        return Prefix(length, self._last_serial, [*prefix.rows, row])
+        key = _key(prefix.serial, tokens)
+        block = self._blocks.get(key)
+        if block is None:
+            row = self._free_row(prefix.serial)
+            if row is None:
+                return Prefix(length, None, [])
+            self._last_serial += 1
+            block = self._blocks[key] = _Block(self._last_serial, row)
+            self._successors[key.parent] = self._successors.get(key.parent, 0) + 1
+            self._store = _save(self._store, cache, np.int32(row), np.int32(length))
+        return Prefix(length, block.serial, [*prefix.rows, block.row])
 
     def _free_row(self, parent: int) -> int | None:
         """Return a row for a block after this one, of the least recently used block if none is free."""

@@ -81,8 +81,14 @@ class Request(Completion):
         return self._mask
 
     def end(self, reason: str) -> None:
-        """End the request; tokens dropped with a stop string lose their times too."""
-        super().end(reason)
+        """End the request; tokens dropped with a stop string lose their times too.
+
+        A failure of the detokenizer, which ends the text, ends it with the finish reason "error".
+        """
+        try:
+            super().end(reason)
+        except Exception as error:
+            self.fail(error)
         del self.token_times[len(self.tokens) :]
 
     def fail(self, error: Exception) -> None:

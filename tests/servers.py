@@ -151,6 +151,11 @@ class Server:
         return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
 
     @property
+    def open_files(self):
+        """The number of files and sockets that the process holds."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    @property
     def resident_bytes(self):
         """The memory of the process."""
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -183,7 +188,8 @@ def environment(folder):
     """The environment of a command of this checkout, whose data is in this folder."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Tests compile without optimisation; a server is timed and compared, so it compiles as users' do.
-    return {"PYTHONPATH": paths, "XDG_DATA_HOME": str(folder), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    compiling = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    return {"PYTHONPATH": paths, "XDG_DATA_HOME": str(folder), **compiling}
 
 
 def isoflop_server(model, folder, *options, key=None):

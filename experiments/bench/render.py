@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from experiments.words import counted
+
 Format = Literal["table", "json", "jsonl", "csv", "md"]
 Column = Callable[[dict[str, Any]], str]
 Columns = dict[str, Column]
@@ -121,7 +123,7 @@ def ceilings_in_words(ceilings: dict[str, Any]) -> str:
 
 def words_of(row: dict[str, Any]) -> str:
     """Return a cell's coordinates in words."""
-    names = ("contender", "rate_requests_per_second", *COORDINATES, *TRAINING_COORDINATES)
+    names = ("contender", "rate_requests_per_second", "streams", *COORDINATES, *TRAINING_COORDINATES)
     return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in names if row.get(name) is not None)
 
 
@@ -167,7 +169,7 @@ def against_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
 
 def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return (column names, cells as text) of rows of `serve.measures.summarize`."""
-    header = ["requests/s offered", "served", "tok/s", "good/s", "first token s"]
+    header = ["load", "served/s", "tok/s", "good/s", "first token s"]
     header += ["between chunks s", "tokens/chunk", "per token s", "whole s"]
     spans = ("time_to_first_token_seconds", "inter_chunk_latency_seconds")
     after = ("time_per_output_token_seconds", "end_to_end_seconds")
@@ -177,7 +179,7 @@ def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
 
     lines = []
     for row in rows:
-        line = [f"{row['rate_requests_per_second']:g}"]
+        line = [offered_in_words(row)]
         if "error" in row:
             lines.append([*line, "failed", *[""] * (len(header) - 2)])
             continue
@@ -186,6 +188,14 @@ def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
         size = "" if row["tokens_per_chunk"] is None else f"{row['tokens_per_chunk']:.3g}"
         lines.append([*line, *with_tail(row, spans), size, *with_tail(row, after)])
     return header, lines
+
+
+def offered_in_words(row: dict[str, Any]) -> str:
+    """Return how the requests of a load came: 8 streams, 2.5/s, or all at once."""
+    if row.get("streams") is not None:
+        return counted(row["streams"], "stream")
+    rate = row["rate_requests_per_second"]
+    return str(row["arrivals"]) if rate is None else f"{rate:.3g}/s"
 
 
 def _with_tail(median: float | None, tail: float | None) -> str:

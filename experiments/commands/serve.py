@@ -17,6 +17,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     tokenizer: Path | None = None,
+    chat_template: str | None = None,
     base: BasePath = None,
     slots: int = 8,
     capacity: int = 4096,
@@ -47,6 +48,7 @@ def serve(
         host: The address to listen on. Others than 127.0.0.1 are reached from other machines and need --api-key.
         port: The port to listen on; 0 takes a free one.
         tokenizer: The models' tokenizer (a file, or a folder such as the data's), if their folders have none.
+        chat_template: The form of conversations, a name such as chatml or a Jinja file, in place of the models' own.
         base: The new path of a run's base weights, if they were moved (for a run that stores only what it trained).
         slots: Requests that run at the same time; further ones wait.
         capacity: Most tokens of a request, prompt and output together; at most the model's context.
@@ -66,6 +68,7 @@ def serve(
     """
     import os
 
+    from infer.serve.behaviour import Behaviour
     from infer.serve.run import Loading
     from infer.serve.run import serve as run_server
     from infer.serve.settings import Settings
@@ -75,15 +78,16 @@ def serve(
         raise InputError("there is no model to serve; give a run directory, a Hugging Face folder or a GGUF file")
     given = os.environ.get("ISOFLOP_API_KEY", "")
     keys = tuple(dict.fromkeys(key for key in (*api_key, *map(str.strip, given.split(","))) if key))
+    controls = None if behaviour is None else Behaviour.read(behaviour)
     settings = Settings(
         api_keys=keys,
         most_body_bytes=int(most_body_mb * 1_000_000),
         cors_origins=cors_origin,
-        behaviour=None,
+        behaviour=controls,
         metrics_prefix=metrics_prefix,
         conversations=_file(conversations),
     )
-    loading = Loading(tokenizer, base, slots, capacity, steps, weights, cache, most_waiting)
+    loading = Loading(tokenizer, chat_template, base, slots, capacity, steps, weights, cache, most_waiting, controls)
     run_server(models, host=host, port=port, loading=loading, settings=settings, without_key=open)
 
 

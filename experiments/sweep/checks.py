@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from experiments.sweep.capacity import CAPACITY
 from experiments.sweep.objectives import FORGETTING, LOSS, check_speed, direction
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import LedgerRow
@@ -64,6 +65,10 @@ def check_sweep(sweep: Sweep) -> None:
         raise InputError(
             f"the objective {FORGETTING} and --forgetting FOLDER of plain text go together; give both or neither"
         )
+    if (CAPACITY in sweep.objectives) != (sweep.service is not None):
+        raise InputError(
+            f"the objective {CAPACITY} and --service-level, such as ttft:200 tpot:20, go together; give both or neither"
+        )
     tasks = sweep.task_sets()
     if sweep.lanes is not None:
         check_at_least_one(lanes=sweep.lanes)
@@ -76,6 +81,8 @@ def check_sweep(sweep: Sweep) -> None:
     _check_start(sweep, trials)
     for trial in trials:
         _check_trial(trial, sources, tasks)
+        if sweep.service is not None:
+            sweep.service.check(trial)
         if trial.parent is not None and sweep.policy != "all":
             raise InputError(
                 f"branches wait for their base runs, which --policy {sweep.policy} may stop; take --policy all"

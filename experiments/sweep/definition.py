@@ -10,6 +10,7 @@ from experiments.evaluate.in_training import ITEMS
 from experiments.inputs import check_free
 from experiments.sweep.address import check_given, kept
 from experiments.sweep.branches import Listed
+from experiments.sweep.capacity import ServiceLevel
 from experiments.sweep.checks import check_sweep
 from experiments.sweep.identity import with_storage
 from experiments.sweep.record import Sweep, TrialRequest, new_id
@@ -25,7 +26,7 @@ from train.objectives import LanguageModeling, Objective
 from train.recipe import Recipe, Weights, difference
 
 # Of a sweep, however often it is added to.
-_SAME = ("data_hash", "objectives", "policy", "evaluate_tokens", "forgetting", "evaluate_task_items")
+_SAME = ("data_hash", "objectives", "policy", "evaluate_tokens", "forgetting", "evaluate_task_items", "service")
 
 
 def define(
@@ -54,6 +55,7 @@ def define(
     objective: Objective | None = None,
     forgetting: Path | None = None,
     evaluate_task_items: int = ITEMS,
+    service: ServiceLevel | None = None,
 ) -> Sweep:
     """Return a sweep with the given options and the trials of its folder; all are checked, nothing is written.
 
@@ -114,6 +116,7 @@ def define(
         weights=None if weights is None else weights.path,
         forgetting=None if forgetting is None else Path(forgetting).resolve(),
         evaluate_task_items=evaluate_task_items,
+        service=service,
         id=new_id(Path(folder)),
         space_source=source,
         listed=tuple(listed),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.capacity import CAPACITY
 from experiments.sweep.trial import Trial
 from model.errors import InputError, UnknownNameError
 from train.task_sets import ERROR, higher_is_better, is_task_metric, task_of
@@ -22,6 +23,7 @@ DIRECTIONS = {
     "margin": "maximize",
     "chosen_reward": "maximize",
     FORGETTING: "minimize",
+    CAPACITY: "maximize",
     "tokens_per_second": "maximize",
     "prefill_tokens_per_second": "maximize",
     "decode_tokens_per_second_aggregate": "maximize",
@@ -37,11 +39,12 @@ DIRECTIONS = {
 
 TASK/METRIC is also one, a metric of a task (`train.task_sets.HIGHER_IS_BETTER`) at a run's last validation.
 training_tokens_per_second: see `training_speed`. accuracy, margin, chosen_reward: of a run's last validation, where its
-training objective measures them. forgetting: bits per byte of the sweep's plain text after training. All of these come
-from a trial's own run, the names below them from a benchmark.
+training objective measures them. forgetting: bits per byte of the sweep's plain text after training. capacity: requests
+per second at the sweep's service level (`experiments.sweep.capacity`). All of these come from a trial's own run, the
+names below them from a benchmark.
 """
 _VALIDATED = ("accuracy", "margin", "chosen_reward")
-_OF_THE_RUN = {LOSS, TRAINING_SPEED, FORGETTING, *_VALIDATED}
+_OF_THE_RUN = {LOSS, TRAINING_SPEED, FORGETTING, CAPACITY, *_VALIDATED}
 _ALIASES = {"tokens_per_second": "decode_tokens_per_second_aggregate"}
 _STEPS, _REPEATS = 16, 5
 
@@ -53,6 +56,11 @@ def direction(name: str) -> str:
     if name not in DIRECTIONS:
         raise UnknownNameError("objective", name, DIRECTIONS)
     return DIRECTIONS[name]
+
+
+def has_error(name: str) -> bool:
+    """Return whether one run's value of an objective comes with a standard error, in the field NAME_standard_error."""
+    return is_task_metric(name) or name == CAPACITY
 
 
 def tasks_of(names: Iterable[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from experiments.evaluate.in_training import ITEMS, task_sets
 from experiments.locks import locked
 from experiments.sweep.address import file_of, opened, opened_by_older, with_file
 from experiments.sweep.branches import Listed
+from experiments.sweep.capacity import ServiceLevel
 from experiments.sweep.objectives import tasks_of
 from experiments.sweep.space import Replicate, Space, grid, product
 from experiments.sweep.space.build import load_space
@@ -91,7 +92,7 @@ class Sweep:
     their trials stay part of the sweep. weights: the path of the parameters that the base starts from, whose hash the
     base has; None: trials start fresh. id: the name of its study in a storage, independent of the folder's path; None
     if an older version made the sweep. forgetting: a folder of plain text, for the objective of that name.
-    evaluate_task_items: questions of every task among the objectives.
+    evaluate_task_items: questions of every task among the objectives. service: the level of the objective capacity.
     """
 
     folder: Path
@@ -116,6 +117,7 @@ class Sweep:
     id: str | None = None
     forgetting: Path | None = None
     evaluate_task_items: int = ITEMS
+    service: ServiceLevel | None = None
 
     @property
     def name(self) -> str:
@@ -177,6 +179,7 @@ class Sweep:
             "data": str(self.data),
             "weights": None if self.weights is None else str(self.weights),
             "forgetting": None if self.forgetting is None else str(self.forgetting),
+            "service": None if self.service is None else self.service.to_dict(),
             "beside": self._relative_places(),
             "listed": [entry.to_dict() for entry in self.listed],
             "earlier": [request.to_dict() for request in self.earlier],
@@ -218,6 +221,8 @@ class Sweep:
             for name in ("weights", "forgetting"):
                 if (place := content.pop(name, None)) is not None:
                     content[name] = _moved(Path(place), folder, beside.get(name))
+            if (service := content.pop("service", None)) is not None:
+                content["service"] = ServiceLevel.from_dict(service)
             sweep = cls(folder, base, _moved(Path(data), folder, beside.get("data")), **_tuples(content) | request)
             if "storage" in beside and (file := file_of(str(sweep.storage))) is not None:
                 moved = with_file(str(sweep.storage), _moved(file, folder, beside["storage"]))

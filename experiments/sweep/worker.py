@@ -232,16 +232,19 @@ class _Cohort:
         elif claim.until < claim.trial.steps:
             self.ledger.hand_back(claim, facts)
         else:
-            facts |= self._outcomes(result)
+            facts |= self._outcomes(claim.trial, result)
             found = values(claim.trial, self.sweep.objectives, facts, self.sweep.folder)
             self.ledger.finish(claim, list(found.values()), facts | found)
 
-    def _outcomes(self, result: Result) -> dict[str, float]:
-        """Return the measurements of a trained model: means of its last validation, and what it has forgotten."""
+    def _outcomes(self, trial: Trial, result: Result) -> dict[str, float]:
+        """Return the measurements of a trained model: means of its last validation, forgetting, capacity."""
         outcomes = validated(result.run, self.sweep.objectives)
         if FORGETTING in self.sweep.objectives:
             assert self.sweep.forgetting is not None
             outcomes[FORGETTING] = bits_per_byte(result.run, self.sweep.forgetting)
+        if self.sweep.service is not None:
+            file = self.sweep.folder / "capacity" / f"{trial.id}.json"
+            outcomes |= self.sweep.service.measure(trial, result.run, file)
         return outcomes
 
     def _skip_held_runs(self) -> None:

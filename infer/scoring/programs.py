@@ -70,7 +70,7 @@ def score_rows(
     top_k: int,
     execution: Execution,
 ) -> tuple[Array, ...]:
-    """Score the targets of every row: see `_scored`.
+    """Score the targets of every row: see `scored_hidden`.
 
     With a cache, rows come in groups of equal size, and group i continues row `parents[i]` of the cache. Whole rows are
     not masked: the outputs of a causal model at a token do not depend on padding after it.
@@ -84,7 +84,7 @@ def score_rows(
         assert parents is not None
         hidden = forward_branches(config, params, tokens, lengths, take(cache, parents))
     predicting = jnp.minimum(first[:, None] + jnp.arange(targets.shape[1]), hidden.shape[1] - 1)
-    return _scored(config, params, hidden, targets, predicting, top_k, execution)
+    return scored_hidden(config, params, hidden, targets, predicting, top_k, execution)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("top_k", "execution"))
@@ -103,12 +103,12 @@ def score_packed(
     top_k: int,
     execution: Execution,
 ) -> tuple[Array, ...]:
-    """Score the targets of packed rows, all of which follow one stem: see `_scored` and `packing.PackedArrays`."""
+    """Score the targets of packed rows, all of which follow one stem: see `scored_hidden`, `packing.PackedArrays`."""
     parts = targets.shape[0]
     cache = init_cache(config, parts, 1) if stem is None else take(stem, jnp.zeros(parts, jnp.int32))
     hidden = forward_packed(config, params, tokens, positions, trees, branches, cache)
     hidden = hidden.reshape(parts, -1, hidden.shape[-1])
-    return _scored(config, params, hidden, targets, predicting, top_k, execution)
+    return scored_hidden(config, params, hidden, targets, predicting, top_k, execution)
 
 
 def compiled_programs() -> int:
@@ -116,7 +116,7 @@ def compiled_programs() -> int:
     return sum(program._cache_size() for program in (read_prefixes, score_rows, score_packed))  # type: ignore[attr-defined]
 
 
-def _scored(
+def scored_hidden(
     config: ModelConfig,
     params: Params,
     hidden: Float[Array, "batch seq d_model"],

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from infer.serve import assets, chat, completions, conversations, models, openapi
+from infer.serve import assets, chat, completions, conversations, embeddings, metrics, models, openapi, tokens
 from infer.serve.endpoint import Endpoint
 from infer.serve.errors import HANDLERS
 from infer.serve.security import middleware
 from infer.serve.served import Registry
 from infer.serve.settings import Settings
 
-MODULES = (chat, completions, models, conversations, assets)
+MODULES = (chat, completions, embeddings, models, tokens, metrics, conversations, assets)
 
 
 def create_app(registry: Registry, settings: Settings = Settings()) -> Starlette:

@@ -7,13 +7,13 @@ from typing import Any
 
 import anyio.to_thread
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
 from infer.completion import Update
 from infer.serve.endpoint import Endpoint
 from infer.serve.errors import ApiError
-from infer.serve.generation import Generation, attended, constraint_of, run, sampling_of
+from infer.serve.generation import Generation, attended, constraint_of, room, run, sampling_of
 from infer.serve.logprobs import TokenNames
 from infer.serve.prompts import chat_prompt, plain_messages
 from infer.serve.served import Registry, Served
@@ -30,6 +30,7 @@ from infer.serve.types import (
     ChunkChoice,
     Delta,
     FunctionCall,
+    PromptLogprobs,
     ToolCall,
 )
 from infer.serve.usage import usage_of, wants_usage
@@ -75,6 +76,7 @@ class _Call:
             "system_fingerprint": served.fingerprint,
         }
         self._completion_tokens = 0
+        self._prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
     @classmethod
     async def create(cls, body: ChatRequest, served: Served) -> "_Call":
@@ -83,25 +85,28 @@ class _Call:
         wants_usage(body)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, f"top_logprobs={body.top_logprobs} needs logprobs=true", param="top_logprobs")
-        if body.prompt_logprobs is not None:
-            raise ApiError(400, "prompt_logprobs is a field of /v1/completions; leave it out", param="prompt_logprobs")
+        if body.prompt_logprobs is not None and body.stream:
+            raise ApiError(400, "prompt_logprobs goes without stream", param="prompt_logprobs")
         if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
             raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
         sampling = sampling_of(body, served, body.top_logprobs or 0)
-        tokenizer = served.need_tokenizer("messages")
-        tools = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, tokenizer)
+        tools, prompt = await conversation(body, served)
         constraint = await constraint_of(body, served)
-        if tools is None:
-            body = msgspec.structs.replace(body, tools=None)
-        elif tools.choice == "required":
+        if tools is not None and tools.choice == "required":
             constraint = await calls_only(tools, served, constraint)
-        messages = template_messages(plain_messages(body.messages, tokenizer.chat_template), tokenizer.chat_template)
-        prompt = await chat_prompt(body, served, messages)
-        if body.logprobs:
+        if body.logprobs or body.prompt_logprobs is not None:
             await anyio.to_thread.run_sync(lambda: served.token_bytes)  # read once, which takes up to a second
+        room(served, prompt, None, "messages")
+        scored = None
+        if body.prompt_logprobs is not None:
+            [scored] = await served.reading.logprobs([prompt], body.prompt_logprobs)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         generation = await run(served, [prompt], sampling, most, n=body.n or 1, constraint=constraint)
-        return cls(body, served, prompt, generation, tools)
+        call = cls(body, served, prompt, generation, tools)
+        if scored is not None:
+            names = TokenNames(served, as_ids=bool(body.return_tokens_as_token_ids))
+            call._prompt_logprobs = names.prompt(prompt, scored, body.prompt_logprobs or 0)
+        return call
 
     async def whole(self) -> ChatCompletion:
         """Return the whole answers."""
@@ -116,6 +121,7 @@ class _Call:
             if choice.message.tool_calls is not UNSET:
                 choice.message.content = choice.message.content or None
         completion = ChatCompletion(choices=choices, usage=self._usage(), **self._common)
+        completion.prompt_logprobs = self._prompt_logprobs
         if self.body.return_token_ids:
             completion.prompt_token_ids = self.prompt
         return completion
@@ -157,6 +163,16 @@ class _Call:
 
     def _usage(self) -> Any:
         return usage_of([self.prompt], self._completion_tokens, self.generation)
+
+
+async def conversation(body: ChatRequest, served: Served) -> tuple[Tools | None, list[int]]:
+    """Return the tools that the model may call, and the ids of the conversation. Raises ApiError."""
+    tokenizer = served.need_tokenizer("messages")
+    tools = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, tokenizer)
+    if tools is None:
+        body = msgspec.structs.replace(body, tools=None)
+    messages = template_messages(plain_messages(body.messages, tokenizer.chat_template), tokenizer.chat_template)
+    return tools, await chat_prompt(body, served, messages)
 
 
 def _parsed(parser: ToolParser, update: Update, choice: ChunkChoice) -> str:

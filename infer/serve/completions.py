@@ -1,10 +1,9 @@
 """/v1/completions: continue prompts."""
 
-import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple
 
 import anyio.to_thread
@@ -12,11 +11,12 @@ from msgspec import UNSET
 from starlette.requests import Request
 
 from infer.completion import Update
+from infer.reader import Score
 from infer.serve.endpoint import Endpoint
 from infer.serve.errors import ApiError
 from infer.serve.generation import Generation, attended, constraint_of, room, run, sampling_of
 from infer.serve.logprobs import Place, TokenNames
-from infer.serve.prompts import prompts_of
+from infer.serve.prompts import filtered, prompts_of
 from infer.serve.served import Registry, Served
 from infer.serve.settings import Settings
 from infer.serve.sse import DONE, EventStream, event
@@ -24,8 +24,6 @@ from infer.serve.types import Completion, CompletionChoice, CompletionLogprobs, 
 from infer.serve.usage import usage_of, wants_usage
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-Score = tuple[float, Mapping[int, float]]
-"""The log-probability of a token of the prompt, and those of the most likely tokens in its place."""
 
 
 def routes(registry: Registry, settings: Settings) -> list[Endpoint]:
@@ -87,6 +85,7 @@ class _Call:
             raise ApiError(400, "prompt_logprobs goes without stream", param="prompt_logprobs")
         sampling = sampling_of(body, served, body.logprobs or 0)
         constraint = await constraint_of(body, served)
+        body = await filtered(body, served)
         ids = await prompts_of(body, served)
         for one in ids:
             room(served, one, most, "prompt")
@@ -142,10 +141,7 @@ class _Call:
         elif count is not None:
             choice.logprobs = CompletionLogprobs([], [], [] if count else None, [])
         if self.body.prompt_logprobs is not None and prompt.scores is not None:
-            choice.prompt_logprobs = [
-                score and self._names.prompt(token, *score, self.body.prompt_logprobs)
-                for token, score in zip(prompt.ids, prompt.scores, strict=True)
-            ]
+            choice.prompt_logprobs = self._names.prompt(prompt.ids, prompt.scores, self.body.prompt_logprobs)
         if self.body.return_token_ids:
             choice.token_ids, choice.prompt_token_ids = [], prompt.ids
         return choice
@@ -200,10 +196,7 @@ async def _read(body: CompletionRequest, served: Served, ids: list[list[int]]) -
     asked = [count for count in counts if count is not None]
     if not asked:
         return [_Prompt(one, text, None) for one, text in zip(ids, texts, strict=True)]
-    from infer.prompt_logprobs import prompt_logprobs
-
-    job = served.need_service().call(lambda: prompt_logprobs(served.config, served.params, ids, max(asked)))
-    scores = await asyncio.shield(asyncio.wrap_future(job))  # a job that has begun cannot be cancelled
+    scores = await served.reading.logprobs(ids, max(asked))
     return [_Prompt(*one) for one in zip(ids, texts, scores, strict=True)]
 
 

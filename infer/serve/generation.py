@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
@@ -19,15 +20,19 @@ from infer.engine import MOST_STOP_IDS
 from infer.prompts import Prompt
 from infer.request import Request
 from infer.sampling import Sampling
+from infer.serve.behaviour import push
 from infer.serve.errors import ApiError
+from infer.serve.filters import Chain
+from infer.serve.limits import ACCOUNT, spend
 from infer.serve.served import Served
 from infer.serve.sse import until_gone
-from infer.serve.types import GenerationRequest
+from infer.serve.types import ChatRequest, GenerationRequest, StructuredOutputs
 from model.errors import InputError
 
 Result = TypeVar("Result")
 CLIENT_LEFT = 499  # a status that no one sees
 _BAN = -100.0  # a bias that bans, as OpenAI's documentation says of it
+_MARKS = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # of regular expressions
 # Fields of `Sampling` that the API calls otherwise.
 _FIELDS = {"stop_strings": "stop", "stop_ids": "stop_token_ids"}
 
@@ -40,6 +45,10 @@ class Generation:
 
     def __init__(self, served: Served):
         self._service = served.need_service()
+        self._distributions = served.distributions
+        self._filters = () if served.behaviour is None else served.behaviour.outputs
+        self._chains: dict[int, Chain] = {}  # of the requests that have begun, if there are filters
+        self._account = ACCOUNT.get()
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[tuple[Request, Update]] = deque()
         self._wake = asyncio.Event()
@@ -62,12 +71,16 @@ class Generation:
         if max_new_tokens == 0:
             self._without_tokens += range(number, number + len(samplings))
             return
+        spend(self._account, len(prompt))
         requests = self._service.submit_many(prompt, samplings, max_new_tokens, self._hear, constraints)
         self._numbers |= {request: number + index for index, request in enumerate(requests)}
         self._firsts.add(requests[0])
 
     def _hear(self, request: Request, update: Update) -> None:
         """Pass output on, in the engine's thread: the loop is woken once for all that it has not read."""
+        if update.finish_reason is not None:
+            for distribution in self._distributions:
+                distribution.observe(request)
         self._arrived.append((request, update))
         if not self._posted:
             self._posted = True
@@ -99,7 +112,10 @@ class Generation:
             self._posted = False
             arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
             ready = [(self._numbers[request], update) for request, update in arrived if request in self._numbers]
+            spend(self._account, sum(len(update.tokens) for _, update in ready))
             for request, update in arrived:
+                if request not in self._numbers:  # a filter ended it
+                    continue
                 if request in self._firsts:
                     self._firsts.remove(request)
                     self.cached_tokens += request.prefix_hits
@@ -109,8 +125,23 @@ class Generation:
                     raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
                 if update.finish_reason == "error":
                     raise ApiError(500, "the engine failed; the server's log says why", code="engine_failed")
+            if self._filters:
+                ready = [(number, await self._filtered(number, update)) for number, update in ready]
             if ready:
                 yield ready
+
+    async def _filtered(self, number: int, update: Update) -> Update:
+        """Return an update as the filters let it through; they may end its request."""
+        chain = self._chains.setdefault(number, Chain(self._filters))
+        was_refused = chain.refused is not None
+        text = await push(chain, update.text, update.finish_reason is not None)
+        if chain.refused is None or was_refused:
+            return dataclasses.replace(update, text=text, finish_reason=None if was_refused else update.finish_reason)
+        for request, other in list(self._numbers.items()):
+            if other == number:
+                self._service.cancel(request)
+                del self._numbers[request]
+        return dataclasses.replace(update, text=text, finish_reason="content_filter")
 
 
 async def run(
@@ -156,19 +187,21 @@ async def run(
 
 
 def room(served: Served, prompt: Prompt, max_tokens: int | None, param: str) -> int:
-    """Return the most new tokens of a prompt. Raises ApiError if the prompt, or with max_tokens, does not fit."""
+    """Return the most new tokens of a prompt: max_tokens, or fewer if the window ends before. None: all that fit.
+
+    Raises ApiError if the prompt itself, with one token more unless max_tokens is 0, does not fit.
+    """
     used = 1 if served.config.stack == "encoder-decoder" else len(prompt)
-    wanted = 1 if max_tokens is None else max_tokens
-    if max(len(prompt), used + wanted) > served.capacity:
-        new = "" if max_tokens is None else f" and max_tokens={max_tokens}"
+    if max(len(prompt), used + (max_tokens != 0)) > served.capacity:
         raise ApiError(
             400,
-            f"the prompt has {len(prompt)} tokens{new}, but the window of {served.name!r} is {served.capacity} tokens, "
+            f"the prompt has {len(prompt)} tokens, but the window of {served.name!r} is {served.capacity} tokens, "
             "prompt and output together",
-            param=param if len(prompt) >= served.capacity else "max_tokens",
+            param=param,
             code="context_length_exceeded",
         )
-    return served.capacity - used if max_tokens is None else max_tokens
+    left = served.capacity - used
+    return left if max_tokens is None else min(max_tokens, left)
 
 
 def engine_seed(seed: int | None) -> int:
@@ -196,8 +229,12 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampl
     }
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, f"best_of={body.best_of} must be n={body.n or 1}, or left out", param="best_of")
-    if body.min_tokens and (body.response_format or body.guided_json is not None or body.guided_regex is not None):
+    if body.min_tokens and dict(_forms(body)):
         raise ApiError(400, "min_tokens goes without a response_format, which says where it ends", param="min_tokens")
+    if served.behaviour is not None:
+        fields = ("return_token_ids", "prompt_logprobs", "logprobs")
+        asked = {name: getattr(body, name, None) for name in fields} | ({"logprobs": logprobs} if logprobs else {})
+        served.behaviour.check_shown(list(asked.items()), isinstance(body, ChatRequest))
     if body.stop and served.tokenizer is None:
         served.need_tokenizer("stop")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -266,15 +303,45 @@ def _forms(body: GenerationRequest) -> Iterator[tuple[str, tuple[str, Any]]]:
             raise ApiError(400, "response_format.pattern is missing", param="response_format.pattern")
         yield "response_format", ("regex", form.pattern)
     if body.guided_json is not None:
-        schema = body.guided_json
-        if isinstance(schema, str):
-            try:
-                schema = msgspec.json.decode(schema)
-            except (msgspec.DecodeError, RecursionError) as error:
-                raise ApiError(400, f"guided_json is no JSON: {error}", param="guided_json") from error
-        yield "guided_json", ("json_schema", schema)
+        yield "guided_json", ("json_schema", _schema(body.guided_json, "guided_json"))
     if body.guided_regex is not None:
         yield "guided_regex", ("regex", body.guided_regex)
+    if body.guided_choice is not None:
+        yield "guided_choice", ("regex", _alternatives(body.guided_choice))
+    if body.structured_outputs is not None:
+        yield from _structured(body.structured_outputs)
+
+
+def _structured(given: StructuredOutputs) -> Iterator[tuple[str, tuple[str, Any]]]:
+    for name in ("grammar", "structural_tag", "whitespace_pattern"):
+        if getattr(given, name) is not None:
+            where = f"structured_outputs.{name}"
+            raise ApiError(
+                400, f"{where} is not supported here; leave it out", param=where, code="unsupported_parameter"
+            )
+    if given.json is not None:
+        yield "structured_outputs.json", ("json_schema", _schema(given.json, "structured_outputs.json"))
+    if given.regex is not None:
+        yield "structured_outputs.regex", ("regex", given.regex)
+    if given.choice is not None:
+        yield "structured_outputs.choice", ("regex", _alternatives(given.choice))
+    if given.json_object:
+        yield "structured_outputs.json_object", ("json_object", None)
+
+
+def _schema(given: Any, param: str) -> Any:
+    """Return a schema that may be given as its text."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return msgspec.json.decode(given)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ApiError(400, f"{param} is no JSON: {error}", param=param) from error
+
+
+def _alternatives(texts: Sequence[str]) -> str:
+    """Return a regular expression that matches these texts."""
+    return "|".join(_MARKS.sub(r"\\\g<0>", text) for text in texts)
 
 
 def _biases(body: GenerationRequest, served: Served) -> dict[int, float]:

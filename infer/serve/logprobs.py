@@ -4,12 +4,14 @@ import codecs
 import math
 from collections.abc import Mapping, Sequence
 
+from infer.reader import Score
 from infer.serve.served import Served
 from infer.serve.types import (
     LEAST_LOGPROB,
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprob,
+    PromptLogprobs,
     TokenLogprob,
     TopLogprob,
 )
@@ -83,8 +85,11 @@ class TokenNames:
             named.setdefault(self.name(token), finite(value))  # two tokens may have one text: the likelier one
         return named
 
-    def prompt(self, token: int, logprob: float, top: TopLogprobs, count: int) -> dict[str, PromptLogprob]:
-        """Return the entry of a position of the prompt: its token, and the `count` most likely ones."""
+    def prompt(self, tokens: Sequence[int], scores: Sequence[Score | None], count: int) -> PromptLogprobs:
+        """Return the entries of a prompt: at each position its token and the `count` most likely ones."""
+        return [score and self._ranked(token, *score, count) for token, score in zip(tokens, scores, strict=True)]
+
+    def _ranked(self, token: int, logprob: float, top: TopLogprobs, count: int) -> dict[str, PromptLogprob]:
         ranked = {
             i: PromptLogprob(finite(value), rank, self.name(i)) for rank, (i, value) in enumerate(first(top, count), 1)
         }

@@ -34,7 +34,8 @@ def document(endpoints: Sequence[Endpoint], *, keys: bool) -> dict[str, Any]:
     schema_of = dict(zip(map(_key, types), schemas, strict=True))
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, schema_of)
+        path = re.sub(r"{(\w+):\w+}", r"{\1}", endpoint.path)  # Starlette's {model:path}
+        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, schema_of)
     result: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "isoflop serve", "version": importlib.metadata.version("isoflop")},

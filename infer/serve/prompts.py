@@ -8,7 +8,7 @@ import msgspec
 
 from infer.serve.errors import ApiError
 from infer.serve.served import Served
-from infer.serve.types import ChatRequest, CompletionRequest, Message
+from infer.serve.types import ChatRequest, CompletionRequest, Message, TextOrIds
 from model.errors import InputError
 from model.tokenizer.control import ChatText
 
@@ -21,42 +21,66 @@ async def off_loop(length: int, function: Callable[..., Result], *args: Any) -> 
     return function(*args) if length < _LONG else await anyio.to_thread.run_sync(function, *args)
 
 
-async def prompts_of(body: CompletionRequest, served: Served) -> list[list[int]]:
-    """Return the ids of each prompt of a completion. Raises ApiError for a mixture, or texts without a tokenizer."""
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        given: list[str | list[int]] = [prompt]
-    elif all(isinstance(one, int) for one in prompt):
-        given = [prompt]  # type: ignore[list-item]
-    elif any(isinstance(one, int) for one in prompt):
-        raise ApiError(400, "prompt mixes ids of tokens with texts or lists of ids", param="prompt")
+async def ids_of(given: TextOrIds, served: Served, param: str, around: bool | None = None) -> list[list[int]]:
+    """Return the ids of each text; param: the field that holds them. around: see `encode_text`.
+
+    Raises ApiError for a mixture of ids and texts, or for texts without a tokenizer.
+    """
+    if isinstance(given, str):
+        parts: list[str | list[int]] = [given]
+    elif all(isinstance(one, int) for one in given):
+        parts = [given]  # type: ignore[list-item]
+    elif any(isinstance(one, int) for one in given):
+        raise ApiError(400, f"{param} mixes ids of tokens with texts or lists of ids", param=param)
     else:
-        given = list(prompt)  # type: ignore[arg-type]
-    texts = [one for one in given if isinstance(one, str)]
+        parts = list(given)  # type: ignore[arg-type]
+    texts = [one for one in parts if isinstance(one, str)]
     if not texts:
-        return given  # type: ignore[return-value]
+        return parts  # type: ignore[return-value]
 
     def encode() -> list[list[int]]:
-        return [encode_text(served, one, body.add_special_tokens) if isinstance(one, str) else one for one in given]
+        return [encode_text(served, one, around) if isinstance(one, str) else one for one in parts]
 
-    served.need_tokenizer("prompt")
+    served.need_tokenizer(param)
     try:
         return await off_loop(sum(map(len, texts)), encode)
     except InputError as error:
-        raise ApiError(400, str(error), param="prompt") from error
+        raise ApiError(400, str(error), param=param) from error
+
+
+async def filtered(body: CompletionRequest, served: Served) -> CompletionRequest:
+    """Return a completion whose prompts have passed the filters of input. Raises ApiError if one refuses them."""
+    behaviour, tokenizer = served.behaviour, served.tokenizer
+    if behaviour is None or not behaviour.inputs or tokenizer is None:
+        return body
+    given: list[Any] = list(body.prompt) if isinstance(body.prompt, list) else [body.prompt]
+    if all(isinstance(one, int) for one in given):
+        given = [given]
+    prompts = []
+    for one in given:
+        ids = isinstance(one, list)
+        text = tokenizer.decode([token for token in one if token < tokenizer.vocab_size]) if ids else str(one)
+        found = await behaviour.filtered_input(text, "prompt")
+        prompts.append(one if ids and found == text else found)
+    return msgspec.structs.replace(body, prompt=prompts)
+
+
+async def prompts_of(body: CompletionRequest, served: Served) -> list[list[int]]:
+    """Return the ids of each prompt of a completion; an empty text is the end token, which begins a document."""
+    found = await ids_of(body.prompt, served, "prompt", body.add_special_tokens)
+    begin = [] if served.tokenizer is None else list(served.tokenizer.eos_ids[:1])
+    return [ids or begin for ids in found]
 
 
 def encode_text(served: Served, text: str, around: bool | None = None) -> list[int]:
-    """Return the ids of a prompt, in which names of special tokens are read as these.
+    """Return the ids of a text, in which names of special tokens are read as these.
 
-    around: add what the model was trained with around a text; None: if it has a begin token, or is an encoder-decoder.
-    An empty text is the end token, from which a model begins a document.
+    around: add what the model was trained with around a text; None: if it has a begin token, or an encoder.
     """
     tokenizer = served.need_tokenizer("prompt")
     if around is None:
-        around = served.config.stack == "encoder-decoder" or tokenizer.bos_id is not None
-    ids = tokenizer.encode(text, special=True, add_special_tokens=around)
-    return ids or list(tokenizer.eos_ids[:1])
+        around = served.config.stack != "decoder" or tokenizer.bos_id is not None
+    return tokenizer.encode(text, special=True, add_special_tokens=around)
 
 
 async def chat_prompt(body: ChatRequest, served: Served, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -70,6 +94,8 @@ async def chat_prompt(body: ChatRequest, served: Served, messages: Sequence[dict
             param="messages",
             code="no_chat_template",
         )
+    if served.behaviour is not None:
+        messages = await served.behaviour.messages(messages)
     again = bool(body.continue_final_message)
     if again and body.add_generation_prompt:
         raise ApiError(

@@ -14,15 +14,19 @@ from typing import Any
 import jax
 import uvicorn
 
+from infer.decode import ROOM
+from infer.engine import caches_bytes
 from infer.serve.app import create_app
-from infer.serve.served import Registry, name_and_path, open_served
+from infer.serve.behaviour import Behaviour
+from infer.serve.served import Registry, check_names, name_and_path, open_served
 from infer.serve.settings import Settings
 from model import ModelConfig
 from model.accounting import kv_cache_bytes, parameters
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one, check_whole
 from model.memory import free_memory
 from model.progress import progress_bar, say
 from model.store import open_config
+from model.tokenizer.templates import read_template
 
 _BYTES = {
     "float32": 4.0,
@@ -31,7 +35,6 @@ _BYTES = {
     "int8-dynamic": 1.02,
     "int4": 0.6,
 }  # per weight, scales included
-_PREFIX_SHARE = 0.25  # of the slots' cache, kept for prefixes
 _DRAIN_SECONDS = 10  # in which requests may end after SIGTERM
 _KEEP_ALIVE_SECONDS = 75  # above the 60 s after which proxies close an idle connection themselves
 _BACKLOG = 2048
@@ -42,6 +45,7 @@ class Loading:
     """How the models are loaded: the options of `infer.serve.served.open_served`."""
 
     tokenizer: Path | None = None
+    chat_template: str | None = None
     base: Path | None = None
     slots: int = 8
     capacity: int = 4096
@@ -49,11 +53,13 @@ class Loading:
     weights: str = "float32"
     cache: str | None = None
     most_waiting: int = 64
+    behaviour: Behaviour | None = None
 
     def open(self, given: str) -> Any:
         """Load one model, given as PATH or NAME=PATH."""
         named = {"cache": "cache_dtype"}
-        options = {named.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        names = [field.name for field in dataclasses.fields(self)]
+        options = {named.get(name, name): getattr(self, name) for name in names}
         return open_served(given, **options)
 
 
@@ -70,9 +76,11 @@ def serve(
 
     port: 0 takes a free one. without_key: allow a host that other machines reach, without an API key.
     Raises InputError, before anything is loaded, for a host that other machines reach without an API key, a port that
-    is in use, a path that is no model, and models that do not fit the free memory. Exits with status 130 after SIGINT.
+    is in use, a path that is no model, options that are out of range, and models that do not fit the free memory. Exits with status 130 after SIGINT.
     """
     check_reachable(host, settings, without_key)
+    check_names([name_and_path(given)[0] for given in models])
+    check_options(loading)
     configs = {given: open_config(name_and_path(given)[1]) for given in models}
     check_memory(configs, loading)
     listener = listen(host, port)
@@ -102,6 +110,17 @@ def check_reachable(host: str, settings: Settings, without_key: bool) -> None:
         )
 
 
+def check_options(loading: Loading) -> None:
+    """Raise InputError for options that are out of range, and for a tokenizer or a chat template that is not there."""
+    check_at_least_one(slots=loading.slots, capacity=loading.capacity)
+    check_whole("steps", loading.steps, 1, ROOM)
+    check_whole("most_waiting", loading.most_waiting, hint="0 takes as many requests as there are slots")
+    if loading.tokenizer is not None and not loading.tokenizer.exists():
+        raise InputError(f"there is no tokenizer at {loading.tokenizer}; give a tokenizer.json, a model or its folder")
+    if loading.chat_template is not None:
+        read_template(loading.chat_template)
+
+
 def is_loopback(host: str) -> bool:
     """Return whether only this machine reaches a host."""
     if host == "localhost":
@@ -122,8 +141,8 @@ def check_memory(configs: Mapping[str, ModelConfig], loading: Loading, free: int
     for given, config in configs.items():
         count, capacity = parameters(config).total, min(loading.capacity, config.max_seq_len)
         weights = int(count * _BYTES.get(loading.weights, 4.0))
-        slot = kv_cache_bytes(config, 1, capacity, loading.cache)
-        cache = int(slot * (loading.slots * (1 + _PREFIX_SHARE) + 1))  # and that of the prompt that is read
+        embedded = kv_cache_bytes(config, 1, capacity, loading.cache)  # a text that is embedded or scored
+        cache = caches_bytes(config, loading.slots, capacity, loading.cache) + embedded
         parts = (
             f"{_size(weights)} of weights in {loading.weights}, {_size(4 * count)} in float32 while they are loaded, "
             f"{_size(cache)} of caches for {loading.slots} slots of {capacity:,} tokens"

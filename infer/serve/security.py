@@ -49,11 +49,15 @@ def middleware(settings: Settings) -> list[Middleware]:
                 allow_origins=list(settings.cors_origins),
                 allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
                 allow_headers=["authorization", "content-type"],
-                expose_headers=["x-isoflop-ignored", "retry-after"],
+                expose_headers=["x-isoflop-ignored", "x-isoflop-flags", "retry-after"],
             )
         )
     if settings.api_keys:
         layers.append(Middleware(_Keys, keys=settings.api_keys))
+    if settings.behaviour is not None:
+        from infer.serve.limits import PerKey
+
+        layers.append(Middleware(PerKey, limits=settings.behaviour.limits))
     return [*layers, Middleware(_BodyLimit, most_bytes=settings.most_body_bytes)]
 
 

@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ from model.tokenizer.token_bytes import token_bytes
 
 if TYPE_CHECKING:
     from infer.grammar import Grammars
+    from infer.serve.behaviour import Behaviour
+    from infer.serve.metrics import Distribution
+    from infer.serve.reading import Reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,8 @@ class Served:
     """A model that is served.
 
     params: prepared for decode. service: None for an encoder, which only embeds. capacity: most tokens of a prompt and
-    its continuation together. created: seconds since 1970. weights: their precision.
+    its continuation together. created: seconds since 1970. weights: their precision. behaviour: its system prompt and
+    filters.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Served:
     capacity: int
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     weights: str = "float32"
+    behaviour: "Behaviour | None" = None
 
     @classmethod
     def create(
@@ -51,6 +56,7 @@ class Served:
         capacity: int = 4096,
         weights: str = "float32",
         most_waiting: int = 64,
+        behaviour: "Behaviour | None" = None,
         **options: Any,
     ) -> "Served":
         """Prepare parameters for decode and allocate the engine; options: others of `Engine`."""
@@ -70,6 +76,7 @@ class Served:
             service=service,
             capacity=capacity,
             weights=weights,
+            behaviour=behaviour,
         )
 
     @functools.cached_property
@@ -90,6 +97,20 @@ class Served:
         """Tokens that end a text, by the config and the tokenizer."""
         ids = [*self.config.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer else ())]
         return tuple(token for token in dict.fromkeys(ids) if token < self.config.vocab_size)
+
+    @functools.cached_property
+    def reading(self) -> "Reading":
+        """What embeds and scores texts between the engine's steps."""
+        from infer.serve.reading import Reading
+
+        return Reading(self.config, self.params, self.capacity, self.service)
+
+    @functools.cached_property
+    def distributions(self) -> "list[Distribution]":
+        """How long this model's requests took, and how many tokens they had."""
+        from infer.serve.metrics import distributions
+
+        return distributions()
 
     @property
     def fingerprint(self) -> str:
@@ -127,13 +148,9 @@ class Registry:
     """
 
     def __init__(self, models: Iterable[Served]):
-        self._models: dict[str, Served] = {}
-        for one in models:
-            if one.name in self._models:
-                raise InputError(f"two models have the name {one.name!r}; name one of them with NAME=PATH")
-            self._models[one.name] = one
-        if not self._models:
-            raise InputError("there is no model to serve; give at least one")
+        models = list(models)
+        check_names([one.name for one in models])
+        self._models = {one.name: one for one in models}
 
     def __iter__(self) -> Iterator[Served]:
         return iter(self._models.values())
@@ -164,6 +181,17 @@ class Registry:
         for one in self:
             if one.service is not None:
                 one.service.close()
+            if "reading" in vars(one):
+                one.reading.close()
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise InputError if two models have one name, or if there is none."""
+    if not names:
+        raise InputError("there is no model to serve; give at least one")
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise InputError(f"two models have the name {name!r}; name one of them with NAME=PATH")
 
 
 _ADAPTER = "adapter_config.json"  # PEFT's
@@ -197,7 +225,9 @@ def open_served(
     is_adapter = (path / _ADAPTER).is_file()
     opened = _open_adapter(path, tokenizer, base) if is_adapter else open_model(path, tokenizer, base)
     words = opened.tokenizer
-    if chat_template is not None and words is not None:
+    if chat_template is not None:
+        if words is None:
+            raise InputError(f"{path} has no tokenizer, so it has no use for a chat template; give --tokenizer")
         from model.tokenizer.templates import read_template
 
         words = words.with_chat_template(read_template(chat_template))

@@ -178,8 +178,8 @@ def _check_template(tokenizer: Tokenizer) -> None:
     found = "writes no tools" if other is None else f"writes tools in another form, {other}"
     raise ApiError(
         400,
-        f"the model's chat template {found}; only Hermes's {BEGIN}{{…}}{END} is read: leave tools out, or serve a "
-        "model with such a template",
+        f"the model's chat template {found}; only Hermes's {BEGIN}{{…}}{END} is read: leave tools out, or start the "
+        "server with --chat-template hermes",
         param="tools",
         code="unsupported_tools",
     )

@@ -19,12 +19,13 @@ _Fraction = Annotated[float, Meta(ge=0, le=1)]
 _Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=1000)]
 _Ranked = Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)]
+TextOrIds = str | Annotated[list[str | _Count | Annotated[list[_Count], Meta(min_length=1)]], Meta(min_length=1)]
+"""A text, texts, ids of tokens, or lists of ids."""
 
 _REFUSED: dict[str, Any] = {
     "allowed_token_ids": [],
     "bad_words": [],
     "beam_width": 1,
-    "guided_choice": None,
     "guided_grammar": None,
     "guided_decoding_backend": None,
     "include_stop_str_in_output": False,
@@ -33,7 +34,6 @@ _REFUSED: dict[str, Any] = {
     "priority": 0,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
-    "structured_outputs": None,
     "truncate_prompt_tokens": None,
     "use_beam_search": False,
 }
@@ -64,6 +64,22 @@ class ResponseFormat(Struct, kw_only=True):
     json_schema: JsonSchema | None = None
     schema: dict[str, Any] | None = None
     pattern: str | None = None
+
+
+class StructuredOutputs(Struct, kw_only=True):
+    """What the text must be, in vLLM's form: one of these.
+
+    json: a schema, as an object or as its text. regex: a regular expression that the whole text matches. choice: one of
+    these texts. json_object: any JSON object.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    json_object: bool | None = None
+    grammar: Any = None
+    structural_tag: Any = None
+    whitespace_pattern: Any = None
 
 
 class GenerationRequest(Struct, kw_only=True):
@@ -98,6 +114,8 @@ class GenerationRequest(Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class Part(Struct, kw_only=True):
@@ -157,9 +175,104 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     refused: ClassVar[Mapping[str, Any]] = _REFUSED | {"suffix": None}
 
-    prompt: str | Annotated[list[str | _Count | Annotated[list[_Count], Meta(min_length=1)]], Meta(min_length=1)]
+    prompt: TextOrIds
     echo: bool | None = None
     logprobs: _Ranked | None = None
+
+
+class EmbeddingRequest(Struct, kw_only=True):
+    """Texts to embed: a text, texts, ids of tokens, or lists of ids.
+
+    dimensions: those of the model, or left out. encoding_format: "base64" is that of little-endian float32 numbers.
+    """
+
+    refused: ClassVar[Mapping[str, Any]] = {
+        "chat_template": None,
+        "messages": None,
+        "normalize": True,
+        "priority": 0,
+        "truncate_prompt_tokens": None,
+    }
+
+    input: TextOrIds
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    user: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class EmbeddingUsage(Struct):
+    """Numbers of tokens of all texts."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Struct):
+    """The embedding of one text: numbers, or their base64."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingList(Struct):
+    """Embeddings in the order of the texts."""
+
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """A text or a conversation to tokenize, as `CompletionRequest` and `ChatRequest` have them.
+
+    content, add_special: llama-server's names of prompt and add_special_tokens.
+    """
+
+    refused: ClassVar[Mapping[str, Any]] = {
+        "chat_template": None,
+        "mm_processor_kwargs": None,
+        "parse_special": True,
+        "with_pieces": False,
+    }
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class Tokens(Struct):
+    """Ids of tokens. max_model_len: most tokens of a prompt and its continuation together."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    """Ids of tokens."""
+
+    tokens: list[_Count]
+    model: str | None = None
+
+
+class Text(Struct):
+    """The text of tokens, under vLLM's name and under llama-server's."""
+
+    prompt: str
+    content: str
 
 
 class TokenDetails(Struct):
@@ -225,7 +338,7 @@ class PromptLogprob(Struct):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class AnswerMessage(Struct):
@@ -313,7 +426,7 @@ class CompletionChoice(Struct):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "content_filter"] | None
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ CONFIG = ModelConfig(
     layer_pattern=("local", "global"),
 )
 SYSTEM = [number * 7 % 32 for number in range(60)]
+LIKELY = (22, 26, 27, 29, 20, 2, 10)  # ids of which this model gives many
 SLOTS, CHUNK, REQUESTS, MOST = 5, 16, 100, 12
 COMPILE = "/jax/core/compile/backend_compile_duration"
 
@@ -68,6 +70,7 @@ def engine(params):
         params,
         slots=SLOTS,
         capacity=1024,
+        prefix_bytes=100_000,
         steps=4,
         chunk=CHUNK,
         tokenizer=Letters(),
@@ -79,7 +82,7 @@ def engine(params):
 
 
 def random_request(random, number):
-    """(prompt, sampling, max_new_tokens): all settings in all mixtures, prompts of one to four blocks, some in common."""
+    """(prompt, sampling, max_new_tokens): all settings in all mixtures; prompts of 1–3 blocks, some in common."""
     prompt = random.integers(0, 32, random.choice([1, 3, 9, 16, 17, 30, 47])).tolist()
     if random.random() < 0.3:
         prompt = SYSTEM[: len(prompt) // 2 * 2] + prompt[len(prompt) // 2 * 2 :]
@@ -96,8 +99,8 @@ def random_request(random, number):
         presence_penalty=maybe(0.4, 0.0),
         frequency_penalty=maybe(-0.3, 0.0),
         logit_bias=maybe({3: 1.5, 4: -math.inf}, {}),
-        stop_ids=maybe(tuple(range(number % 8)), ()),
-        stop_strings=maybe(("A", "F"), ()),
+        stop_ids=maybe(LIKELY[: number % 8], ()),
+        stop_strings=maybe(("J", "V"), ()),
         logprobs=maybe(3, 0),
         min_tokens=maybe(4, 0),
         seed=None if len(prompt) < CHUNK and random.random() < 0.2 else number,
@@ -171,9 +174,8 @@ def test_a_warm_engine_compiles_nothing(served):
 def test_stop_ids_wait_for_min_tokens(served):
     requests, _ = served
     waiting = [one for one in requests if one.sampling.min_tokens and one.sampling.stop_ids]
-    cut = [one for one in requests if one.text and any(stop in "ABCDEFGH" for stop in one.sampling.stop_strings)]
-    for request in set(waiting) - set(cut):
-        if request.finish_reason == "stop":
+    for request in waiting:
+        if request.finish_reason == "stop" and not request.sampling.stop_strings:
             assert len(request.tokens) >= 4
         assert not set(request.tokens[:4]) & set(request.sampling.stop_ids)
     assert sum(one.finish_reason == "stop" for one in waiting) > 1
@@ -195,7 +197,7 @@ def test_a_constraint_decides_which_tokens_come(engine, params):
     assert [one.finish_reason for one in requests] == ["stop", "stop", "length"]
     assert [one.tokens for one in requests] == [forced, [], [7, 8]], "the end may come first where the constraint says"
     assert scripts[0].accepted == forced
-    logits = apply(CONFIG, params, np.array([prompt + forced]))[0, len(prompt) - 1 : -1]
+    logits = apply(CONFIG, params, jnp.array([prompt + forced]))[0, len(prompt) - 1 : -1]
     wanted = jax.nn.log_softmax(logits)[np.arange(4), np.array(forced)]
     np.testing.assert_allclose(requests[0].logprobs, wanted, atol=1e-4)
     assert neighbour.tokens == generate(CONFIG, params, [[5, 6]], neighbour.sampling, max_new_tokens=20).tokens[0]

@@ -63,7 +63,7 @@ def test_a_hit_restores_what_was_stored_for_these_tokens(window):
             prefix = prefixes.add(cache_of(config, prompt[:end], before=-2.0), prefix, prompt[end - BLOCK : end])
             assert prefix.length == end
             stored += prefix.serial is not None
-        assert len(prefixes) <= room
+        assert len(prefixes) + len(prefixes._free) == room, "no room is lost"
     assert sum(np.array(hits) >= 2 * BLOCK) > 20
     assert stored > 5 * room
     prefixes.clear()
@@ -155,6 +155,7 @@ def test_the_limit_in_bytes(params):
     default = Engine(CONFIG, params, slots=8, capacity=64, block=16)
     block = kv_cache_bytes(CONFIG, 1, 16)
     assert default._prefixes.rows == 2 * slot // block
+    assert Engine(CONFIG, params, slots=2, capacity=64, block=16)._prefixes.rows == slot // block, "at least a slot's"
     off = Engine(CONFIG, params, slots=1, capacity=64, block=16, prefix_bytes=0)
     for _ in range(2):
         request = off.submit([1] * 40, ENDLESS, 2)

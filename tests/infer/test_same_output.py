@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
-    max_seq_len=128,
+    max_seq_len=192,
     sliding_window=24,
     layer_pattern=("local", "global"),
 )
@@ -66,14 +66,17 @@ class Scenes:
         return outputs
 
     def among(self, engine, before, stay=True):
-        """Each after `before` others, and with them and the rest of seven; not stay: alone once it is in its slot."""
+        """Each after `before` others, and with them and the rest of seven; not stay: alone once it is in its slot.
+
+        The others have as many tokens as fit, so that none leaves its slot before.
+        """
         outputs = []
         for number, (prompt, sampling) in enumerate(self.requests):
             others = [
                 engine.submit(
                     other,
                     Sampling(temperature=0.9, top_k=5 * (i % 3), repetition_penalty=1 + i % 2, seed=i, stop_ids=()),
-                    self.count + 9 + i,
+                    engine.capacity - len(other),
                 )
                 for i, other in enumerate(np.roll(np.array(self.neighbours, object), number)[:before])
             ]
@@ -84,10 +87,11 @@ class Scenes:
                 others += [engine.submit(other, Sampling(stop_ids=()), 8) for other in self.neighbours[before:]]
             while not request.tokens:
                 engine.step()
-            if not stay:
-                assert engine._owners.index(request) == before
-                for other in others:
-                    engine.cancel(other)
+            assert engine._owners.index(request) == before
+            while stay and request.finish_reason is None:
+                engine.step()
+            for other in others:
+                engine.cancel(other)
             engine.run()
             outputs.append(request)
         return outputs
@@ -123,7 +127,7 @@ def test_the_output_does_not_depend_on_what_else_is_served(kind, random_params, 
         return [random.integers(0, config.vocab_size, length).tolist() for length in lengths]
 
     def make_engine(**changes):
-        return Engine(config, params, slots=SLOTS, capacity=96, steps=4, block=16, chunk=32, **options, **changes)
+        return Engine(config, params, slots=SLOTS, capacity=192, steps=4, block=16, chunk=32, **options, **changes)
 
     (system,) = draw(35)
     scenes = Scenes(make_engine, requests_of(system, draw(3, 16, 41)), draw(1, 9, 16, 17, 30, 40, 60), 12)

@@ -2,11 +2,12 @@
 
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from infer import GREEDY, Sampling
+from infer import Sampling
 from infer.engine import Engine
 from infer.service import QueueFull, Service, ServiceStopped
 from model import InputError, ModelConfig
@@ -32,14 +33,14 @@ class Heard:
         self.updates, self.ended = [], threading.Event()
 
     def __call__(self, request, update):
-        self.updates.append(update)
+        self.updates.append((request, update))
         if update.finish_reason is not None:
             self.ended.set()
 
     def reason(self):
         assert self.ended.wait(60)
-        assert [one.finish_reason for one in self.updates[:-1]] == [None] * (len(self.updates) - 1)
-        return self.updates[-1].finish_reason
+        assert [update.finish_reason for _, update in self.updates[:-1]] == [None] * (len(self.updates) - 1)
+        return self.updates[-1][1].finish_reason
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,8 @@ def test_listeners_hear_all_of_a_text_and_jobs_run_between_steps(engine):
             service.call(lambda: 1 / 0).result(60)
         for request, listener in zip(requests, heard, strict=True):
             assert listener.reason() == "length"
-            assert [token for one in listener.updates for token in one.tokens] == request.tokens
-            assert "".join(one.text for one in listener.updates) == request.text
+            assert [token for _, update in listener.updates for token in update.tokens] == request.tokens
+            assert "".join(update.text for _, update in listener.updates) == request.text
             assert request.submitted <= request.started <= request.first_token <= request.finished
         assert service.load()[:3] == (0, 0, 0.0)
         assert service.totals().finished["length"] >= 5
@@ -186,22 +187,62 @@ def test_closing_ends_what_runs_and_what_waits(engine):
     service.close()
 
 
-def test_random_disconnects_leak_no_slot_and_no_thread(engine):
-    threads, random = threading.active_count(), np.random.default_rng(0)
-    with Service(engine, most_waiting=6) as service:
-        for _ in range(60):
-            prompt = random.integers(0, 39, random.choice([1, 20, 40])).tolist()
+def test_random_submits_and_cancels_from_many_threads(engine):
+    """Every request ends once, its listener hears all of its output, neighbours get their text, and nothing leaks."""
+    alone = engine.submit([5, 6, 7], Sampling(seed=4, stop_ids=()), 30)
+    engine.run()
+    before, threads = engine.totals.finished, threading.active_count()
+    accepted, refused, steady, most_waiting = [], [], [], 3
+
+    def submit(prompt, samplings, count):
+        heard = Heard()
+        while True:
             try:
-                request = service.submit(prompt, GREEDY, 12, Heard())
+                return [(request, heard) for request in service.submit_many(prompt, samplings, count, heard)]
             except QueueFull:
-                continue
-            time.sleep(random.exponential(0.002))
-            service.cancel(request)
-        last = Heard()
-        while service.load().waiting:
-            time.sleep(0.001)
-        service.submit([1], ENDLESS, 3, last)
-        assert last.reason() == "length"
-        assert service.load()[:2] == (0, 0)
+                refused.append(heard)
+                time.sleep(0.002)
+
+    def client(number):
+        random = np.random.default_rng(number)
+        for _ in range(50):
+            prompt = random.integers(0, 39, random.choice([1, 16, 20, 40])).tolist()
+            sampling = Sampling(seed=int(random.integers(9)), stop_strings=("A", "BC"), temperature=0.7)
+            new = submit(prompt, [sampling] * random.integers(1, 3), 12)
+            accepted.extend(new)
+            time.sleep(random.exponential(0.004))
+            for request, _ in new:
+                if random.random() < 0.8:
+                    service.cancel(request)
+                    service.cancel(request)
+
+    with Service(engine, most_waiting=most_waiting) as service:
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+        for one in clients:
+            one.start()
+        while any(one.is_alive() for one in clients) or service.load().waiting + service.load().running:
+            load = service.load()
+            assert load.waiting + load.running <= engine.slots + most_waiting
+            steady += submit(alone.prompt, [alone.sampling], 30)
+            assert steady[-1][1].reason() == "length"
         assert not service._listeners
+        assert engine.idle
+        assert service.load()[:3] == (0, 0, 0.0)
     assert threading.active_count() == threads
+    assert engine._owners == [None] * engine.slots
+    prefixes = engine._prefixes
+    assert sorted([*(block.row for block in prefixes._blocks.values()), *prefixes._free]) == list(range(prefixes.rows))
+    assert [request.tokens for request, _ in steady] == [alone.tokens] * len(steady)
+    for request, heard in accepted:
+        updates = [update for one, update in heard.updates if one is request]
+        assert [update.finish_reason for update in updates] == [None] * (len(updates) - 1) + [request.finish_reason]
+        assert [token for update in updates for token in update.tokens] == request.tokens
+        assert "".join(update.text for update in updates) == request.text
+    reasons = Counter(request.finish_reason for request, _ in [*accepted, *steady])
+    assert reasons == Counter(engine.totals.finished) - Counter(before)
+    assert min(reasons["cancelled"], reasons["length"], reasons["stop"], len(refused), len(steady)) > 0, reasons
+    assert len(accepted) > 200
+    assert {len(request.tokens) == 0 for request, _ in accepted if request.finish_reason == "cancelled"} == {
+        True,
+        False,
+    }

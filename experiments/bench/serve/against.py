@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.bench.rounds import interleaved, median_and_range
+from experiments.bench.serve.bench import MakePrompts, Send
 from experiments.bench.serve.load import closed_load
 from experiments.bench.serve.measures import summarize
-from experiments.bench.serve.over_http import MakePrompts, Send
 from experiments.words import counted
 from model.errors import InputError, check_at_least_one
 from train.progress import progress_bar
 
-OWN = "isoflop"
+OWN, BARE = "isoflop", "bare engine"
 
 
 def take_turns(
@@ -69,16 +69,40 @@ def _check_whole(name: str, row: Mapping[str, Any], tokens: int) -> None:
         )
 
 
+def turns_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return (column names, cells as text) of the rows of `take_turns`."""
+    header = ["streams", "contender", "tok/s", "lowest … highest", "isoflop over this", "first token s", "per token s"]
+    lines = []
+    for row in rows:
+        speed, ratio = "tokens_per_second", "isoflop_over_this"
+        over = ""
+        if ratio in row:
+            over = f"{row[ratio]:.3f} ({row[f'{ratio}_lowest']:.3f} … {row[f'{ratio}_highest']:.3f})"
+        line = [str(row["streams"]), row["contender"], f"{row[speed]:.4g}"]
+        line += [f"{row[f'{speed}_lowest']:.4g} … {row[f'{speed}_highest']:.4g}", over]
+        latencies = ("time_to_first_token_seconds", "time_per_output_token_seconds")
+        lines.append([*line, *("" if row[name] is None else f"{row[name]:.3g}" for name in latencies)])
+    return header, lines
+
+
 def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say how fast our server is beside each other contender."""
+    """Say how fast our server is beside each other contender, and what HTTP costs of the bare engine's speed."""
     parts = []
     for row in rows:
         if row["contender"] == OWN:
             continue
-        parts.append(
-            f"at {counted(row['streams'], 'stream')} isoflop serve gives {row['isoflop_over_this']:.2f} times the "
-            f"tokens per second of {row['contender']} ({row['isoflop_over_this_lowest']:.2f} … "
-            f"{row['isoflop_over_this_highest']:.2f} over {counted(len(row['samples']['tokens_per_second']), 'round')})"
-        )
+        low, high = row["isoflop_over_this_lowest"], row["isoflop_over_this_highest"]
+        rounds = f"median of {counted(len(row['samples']['tokens_per_second']), 'round')}"
+        where = f"at {counted(row['streams'], 'stream')}"
+        if row["contender"] == BARE:
+            cost = 1 - row["isoflop_over_this"]
+            parts.append(
+                f"{where} HTTP costs {cost:.1%} of the tokens per second ({1 - high:.1%} … {1 - low:.1%}, {rounds})"
+            )
+        else:
+            parts.append(
+                f"{where} isoflop serve gives {row['isoflop_over_this']:.2f} times the tokens per second of "
+                f"{row['contender']} ({low:.2f} … {high:.2f}, {rounds})"
+            )
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""

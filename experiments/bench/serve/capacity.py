@@ -1,6 +1,7 @@
 """Find the capacity of a server at a service level: the highest rate at which enough requests are good."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,19 +17,18 @@ from model.errors import InputError, check_number, check_whole
 Measure = Callable[[float, int], Sequence[bool]]
 """Load the server at a rate in requests per second, with a seed: whether each request was good, by arrival."""
 
-BATCHES = (
-    8  # of the requests of a rate, in the order of arrival: neighbours wait together, so that they are good together
-)
+BATCHES = 8  # of a rate's requests, in the order of arrival: neighbours wait together, so they are good together
 CONFIDENCE = 0.9
 MOST_STEPS = 24  # rates until a bracket must be found
 BISECTIONS = 2
 REFINEMENTS = 8
 _AROUND = (-0.2, 0.2, 0.0, -0.1, 0.1)  # of the logarithms of the rates that are measured about the estimate
 _SPAN = 1.5  # rates within this factor of the crossing enter the fit: further off the curve is no logistic
+_BEYOND = math.log(3)  # how far beyond the rates of the fit its capacity is searched for
 _FEWEST = 6  # rates in the fit
 METHOD = (
     "logistic regression of good requests on log rate, within a factor of 1.5 of the crossing; interval by the profile "
-    "of its likelihood, over the dispersion between rates, or between batches of neighbouring requests if that is larger"
+    "of its likelihood, over the dispersion between rates, or between batches of neighbours if that is larger"
 )
 
 
@@ -53,7 +53,7 @@ class RateShare:
     def of(cls, rate: float, good: Sequence[bool]) -> "RateShare":
         """Count good requests, in the order of arrival."""
         edges = np.linspace(0, len(good), min(BATCHES, len(good)) + 1).astype(int).tolist()
-        batches = tuple((sum(good[a:b]), b - a) for a, b in zip(edges[:-1], edges[1:], strict=True))
+        batches = tuple((sum(good[a:b]), b - a) for a, b in itertools.pairwise(edges))
         return cls(rate, len(good), sum(good), batches)
 
 
@@ -84,6 +84,7 @@ class Capacity:
             "capacity_requests_per_second": self.rate,
             "capacity_requests_per_second_low": self.low,
             "capacity_requests_per_second_high": self.high,
+            "standard_error": self.standard_error,
             "confidence": self.confidence,
             "service_share": self.share,
             "dispersion": self.dispersion,
@@ -105,7 +106,8 @@ def find_capacity(
     """Return the highest rate at which at least `share` of the requests are good, with a 90 % interval.
 
     From `start` the rate is doubled until the share is below, or halved until it is not; the bracket is bisected twice
-    on the logarithm of the rate; then rates up to a fifth about the present estimate are measured. Every rate has a seed of its own, so that the draws of arrivals are independent.
+    on the logarithm of the rate; then rates up to a fifth about the present estimate are measured. Every rate has a
+    seed of its own, so that the draws of arrivals are independent.
     lowest, highest: rates beyond which the search ends, by default 1/1000 and 1000 times `start`. Raises InputError
     with the reason where even the lowest rate fails, or the highest never does.
     """
@@ -171,7 +173,7 @@ def estimate(measured: Sequence[RateShare], share: float) -> Capacity:
     good = np.array([row.good for row in near], float)
     requests = np.array([row.requests for row in near], float)
     logit = math.log(share / (1 - share))
-    candidates = np.linspace(x.min() - math.log(_SPAN), x.max() + math.log(_SPAN), 401)
+    candidates = np.linspace(x.min() - _BEYOND, x.max() + _BEYOND, 401)
     losses = _losses(x, good, requests, candidates, logit)
     least = np.unravel_index(losses.argmin(), losses.shape)
     at, slope = float(candidates[least[0]]), float(_SLOPES[least[1]])
@@ -198,7 +200,7 @@ def _near(rates: Sequence[RateShare], share: float) -> list[RateShare]:
     return near if len(near) >= _FEWEST else ordered[:_FEWEST]
 
 
-_SLOPES = np.geomspace(0.5, 200, 60)  # of the logit per unit of log rate
+_SLOPES = np.geomspace(0.5, 200, 40)  # of the logit per unit of log rate
 
 
 def _losses(
@@ -210,7 +212,7 @@ def _losses(
 ) -> Float[np.ndarray, "candidates slopes"]:
     """Return the negative log-likelihood of every capacity (its logarithm) and slope."""
     score = _SLOPES[None, :, None] * (x[None, None, :] - candidates[:, None, None]) - logit
-    return (good * np.logaddexp(0, score) + (requests - good) * np.logaddexp(0, -score)).sum(-1)
+    return np.logaddexp(0, score) @ requests - score @ (requests - good)  # of bad ones: log(1 + e^-s)
 
 
 def _dispersion(groups: Sequence[Sequence[tuple[int, int]]], probability: Float[np.ndarray, " rates"]) -> float:

@@ -1,7 +1,7 @@
 """Make the prompts of a load: random token ids or words of given lengths, or the first messages of a file of chats."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,17 @@ def around(length: int) -> Range:
     return max(1, length // 2), max(1, length + length // 2)
 
 
+def prompt_maker(
+    file: Path | None, vocab_size: int | None, inputs: Range, outputs: Range, *, prefix: int = 0
+) -> Callable[[int, int], list[tuple[Prompt, int]]]:
+    """Return a function of (requests, seed): entries of a file, random ids, or words if the vocabulary is unknown."""
+    if file is not None:
+        return lambda requests, seed: prompts_from_file(file, requests, outputs, seed)
+    if vocab_size is None:
+        return lambda requests, seed: random_words(requests, inputs, outputs, seed, prefix=prefix)
+    return lambda requests, seed: random_ids(vocab_size, requests, inputs, outputs, seed, prefix=prefix)
+
+
 def random_ids(
     vocab_size: int, requests: int, inputs: Range, outputs: Range, seed: int, *, prefix: int = 0
 ) -> list[tuple[Prompt, int]]:
@@ -35,7 +46,7 @@ def random_ids(
     prefix reuse reads them once.
     """
     check_whole("vocab_size", vocab_size, 2)
-    return _random(requests, inputs, outputs, seed, prefix, lambda random, n: random.integers(0, vocab_size, n))
+    return list(_random(vocab_size, requests, inputs, outputs, seed, prefix))
 
 
 def random_words(
@@ -46,13 +57,14 @@ def random_words(
     A server's tokens differ from words; its `usage` says how many it read.
     """
     words = _WORDS.split()
-    drawn = _random(requests, inputs, outputs, seed, prefix, lambda random, n: random.integers(0, len(words), n))
+    drawn = _random(len(words), requests, inputs, outputs, seed, prefix)
     return [(" ".join(words[index] for index in prompt), tokens) for prompt, tokens in drawn]
 
 
 def _random(
-    requests: int, inputs: Range, outputs: Range, seed: int, prefix: int, draw: Any
-) -> list[tuple[Prompt, int]]:
+    size: int, requests: int, inputs: Range, outputs: Range, seed: int, prefix: int
+) -> list[tuple[tuple[int, ...], int]]:
+    """Return (indices below a size, tokens to generate) of every request."""
     check_at_least_one(requests=requests)
     for name, (low, high) in {"input": inputs, "output": outputs}.items():
         check_whole(name, low, 1)
@@ -61,9 +73,9 @@ def _random(
     random = np.random.default_rng([seed, 1])
     lengths = random.integers(inputs[0], inputs[1] + 1, requests)
     tokens = np.random.default_rng([seed, 2]).integers(outputs[0], outputs[1] + 1, requests)
-    shared = draw(np.random.default_rng([seed, 3]), prefix).tolist()
+    shared = np.random.default_rng([seed, 3]).integers(0, size, prefix).tolist()
     return [
-        (tuple(shared + draw(random, int(length) - prefix).tolist()), int(most))
+        (tuple(shared + random.integers(0, size, int(length) - prefix).tolist()), int(most))
         for length, most in zip(lengths, tokens, strict=True)
     ]
 

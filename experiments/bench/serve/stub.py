@@ -74,7 +74,10 @@ class StubServer:
         stub, is_chat = self.stub, "chat" in path
         loop = asyncio.get_running_loop()
         due = loop.time()
-        about = {"id": f"stub-{number}", "object": "chat.completion.chunk" if is_chat else "text_completion"}
+        about: dict[str, Any] = {
+            "id": f"stub-{number}",
+            "object": "chat.completion.chunk" if is_chat else "text_completion",
+        }
         about |= {"created": 0, "model": stub.model}
         stream = bool(asked.get("stream"))
         tokens = asked.get("max_tokens") or asked.get("max_completion_tokens") or 16

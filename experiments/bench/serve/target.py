@@ -24,8 +24,6 @@ from model.errors import InputError, UnknownNameError
 
 START_SECONDS = 600.0
 END_SECONDS = 20.0
-NICE = 5
-"""How much a client steps back behind a server on the same cores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +160,12 @@ def own_server(model: str, port: int, slots: int, options: Sequence[str] = ()) -
     """Return the command of `isoflop serve` for a model on a port of the loopback address."""
     program = "from experiments.cli import main; main()"
     return [sys.executable, "-c", program, "serve", model, "--port", str(port), "--slots", str(slots), *options]
+
+
+def llama_server(binary: str, model: str, port: int, slots: int, capacity: int) -> list[str]:
+    """Return the command of llama.cpp's server for a GGUF file; capacity: tokens of a slot."""
+    words = ["--host", "127.0.0.1", "--port", str(port), "--parallel", str(slots), "--ctx-size", str(slots * capacity)]
+    return [binary, "--model", model, *words]
 
 
 def target_of(reached: Reached, endpoint: str, api_key: str | None, body: dict[str, Any], timeout: float) -> Target:

@@ -45,12 +45,18 @@ class SweepOptions:
     then of `isoflop data prepare --kind`, and beta, label_smoothing and lora_rank are axes of one program."""
     forgetting: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Plain text, for the objective forgetting: its bits per byte after training."""
+    service_level: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME:MS ...")] = ()
+    """For the objective capacity: the limits that a good request keeps, as in `isoflop bench serve`, such as ttft:200
+    tpot:20. Prompts are of about decode.context tokens, an axis as decode.weights and decode.cache are."""
+    service_share: Annotated[float, tyro.conf.arg(metavar="X")] = 0.95
+    """The share of good requests at the capacity."""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 8
     """Rows per step."""
     seq_len: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Tokens per row; by default 128, with --tune what the longest example takes."""
     objective: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("loss",)
     """One or several of: loss, training_tokens_per_second, accuracy, margin or chosen_reward of --tune, forgetting,
+    capacity (requests per second at --service-level, by the serving engine in this process, after training),
     TASK/METRIC such as minimal_pairs/bits_per_byte, whose metrics are acc, acc_norm and bits_per_byte, or a number of
     `isoflop bench decode`, such as tokens_per_second. Where losses are different functions, as at several betas, the
     first of accuracy, forgetting and tasks that is given ranks the settings."""
@@ -88,6 +94,7 @@ class SweepOptions:
         from experiments.inputs import read_changes
         from experiments.models import is_stored, read_config, started_from
         from experiments.sweep.address import without_password
+        from experiments.sweep.capacity import ServiceLevel
         from experiments.sweep.definition import define
 
         settings = _SETTINGS.get(self.policy, ())
@@ -131,6 +138,7 @@ class SweepOptions:
             evaluate_tokens=self.evaluate_tokens,
             forgetting=self.forgetting,
             evaluate_task_items=self.evaluate_task_items,
+            service=ServiceLevel(self.service_level, self.service_share) if self.service_level else None,
             **start,
         )
         self._warn_about_limits(sweep)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from experiments.sweep.analysis.executions import ExecutionComparison
     from experiments.sweep.analysis.outcome import Summary
+    from experiments.sweep.analysis.pareto import ParetoFront
     from experiments.sweep.ledger import Ledger
     from experiments.sweep.live import Standing
     from experiments.sweep.record import Sweep
@@ -198,14 +199,18 @@ class _Outcome:
     policy: str
     unit: str
     standing: "Standing"
+    front: "ParetoFront | None"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         about = {"policy": self.policy, "unit": self.unit, "standing": self.standing.to_dict()}
+        about |= {} if self.front is None else {"pareto": self.front.to_dict()}
         return self.summary.to_dict() | about
 
 
 def _outcome(sweep: "Sweep", ledger: "Ledger") -> _Outcome:
+    from experiments.sweep.analysis.executions import with_shared_losses
+    from experiments.sweep.analysis.pareto import pareto
     from experiments.sweep.analysis.results import read_results, record_troubles
     from experiments.sweep.analysis.summary import summarize
     from experiments.sweep.live import standing
@@ -213,7 +218,8 @@ def _outcome(sweep: "Sweep", ledger: "Ledger") -> _Outcome:
     results = read_results(sweep.folder)
     summary = summarize(results.axes, results.rows, results.executions, results.objectives)
     summary = dataclasses.replace(summary, warnings=[*summary.warnings, *record_troubles(results)])
-    return _Outcome(summary, sweep.policy, results.unit, standing(sweep, ledger.rows(), ledger.asked()))
+    front = pareto([*results.axes, *results.executions], with_shared_losses(results.rows), results.objectives)
+    return _Outcome(summary, sweep.policy, results.unit, standing(sweep, ledger.rows(), ledger.asked()), front)
 
 
 def _write(sweep: "Sweep", outcome: _Outcome, json: Path | None) -> None:
@@ -259,12 +265,32 @@ def show(outcome: _Outcome) -> None:
         out.print(f"and {len(order) - _SHOWN} more in {standing.folder}/summary.json", highlight=False)
     if summary.executions is not None:
         out.print(_speeds(summary.executions))
+    if outcome.front is not None:
+        out.print(_front(outcome.front))
     if summary.seed_noise is not None:
         unit = " nats" if ranked.by_loss else f" of {ranked.words}"
         out.print(f"seed noise of one run: {summary.seed_noise:.4f}{unit}", highlight=False)
     out.print(sentence(summary, outcome.policy, outcome.unit), highlight=False)
     for warning in summary.warnings:
         out.print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def _front(found: "ParetoFront") -> "Table":
+    """Return the means of all objectives with their standard errors, the settings on the Pareto front first."""
+    from experiments.commands.options import new_table
+    from experiments.sweep.analysis.scales import text
+
+    names = list(found.settings[0].setting)
+    table = new_table(*names, *found.objectives, "Pareto front")
+    order = {"front": 0, "near": 1, "behind": 2}
+    for row in sorted(found.settings, key=lambda row: order[row.place])[:_SHOWN]:
+        values = ("auto" if value is None else text(value) for value in row.setting.values())
+        means = [
+            f"{value:.5g}" + (f" ± {error:.2g}" if error else "")
+            for value, error in zip(row.values, row.errors, strict=True)
+        ]
+        table.add_row(*values, *means, {"front": "on it", "near": "within noise", "behind": "behind"}[row.place])
+    return table
 
 
 def _speeds(found: "ExecutionComparison") -> "Table":

@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from experiments.sweep.analysis.settings import by_setting, candidates_of, group
+from experiments.sweep.capacity import CAPACITY
 from experiments.sweep.objectives import direction
+from train.task_sets import ERROR
 
 NOISES = 2.0  # standard errors of a difference within which two settings count as equal
 
@@ -20,7 +22,8 @@ class ParetoSetting:
     setting: dict[str, Any]
     values: list[float]
     errors: list[float]
-    """Standard errors by the seeds' spread pooled over settings; zero if no setting has two seeds."""
+    """The larger of two standard errors: by the seeds' spread pooled over settings, zero if no setting has two seeds,
+    and by the errors of the runs' own measurements (of the objective capacity), zero for the others."""
     seeds: int
     place: Literal["front", "near", "behind"]
     """near: dominated, but within the noise of the front."""
@@ -77,7 +80,8 @@ def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Seq
     freedom = (counts - 1).sum()
     squares = sum(((group - group.mean(0)) ** 2).sum(0) for group in runs)
     noise = np.sqrt(squares / freedom) if freedom else np.zeros(len(objectives))
-    errors = noise[None, :] / np.sqrt(counts)[:, None]
+    own = np.array([_own_errors(members, objectives) for members in settings.values()])
+    errors = np.maximum(noise[None, :] / np.sqrt(counts)[:, None], own)
     directions = [direction(name) for name in objectives]
     sign = np.array([1.0 if way == "minimize" else -1.0 for way in directions])
     best, near = front(means * sign), near_front(means * sign, errors)
@@ -92,3 +96,9 @@ def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Seq
         for i, point in enumerate(settings)
     ]
     return ParetoFront(list(objectives), directions, listed)
+
+
+def _own_errors(members: Sequence[dict[str, Any]], objectives: Sequence[str]) -> list[float]:
+    """Return the standard error of the mean over runs, by their measurements' errors; zero without such errors."""
+    squares = [sum(row[f"{name}{ERROR}"] ** 2 for row in members) if name == CAPACITY else 0.0 for name in objectives]
+    return [square**0.5 / len(members) for square in squares]

@@ -9,14 +9,14 @@ from typing import Any
 
 from experiments.sweep.analysis.executions import execution_names, execution_value, recipe_id
 from experiments.sweep.analysis.scales import MANY, distinct, is_number
-from experiments.sweep.objectives import TRAINING_SPEED, training_speed
+from experiments.sweep.objectives import TRAINING_SPEED, has_error, training_speed
 from experiments.sweep.row import ENDED, LedgerRow
 from model.errors import InputError
 from train.files import write_atomically
 from train.objectives import LanguageModeling
 from train.run import read_record
 from train.run.metrics import troubles
-from train.task_sets import ERROR, is_task_metric
+from train.task_sets import ERROR
 
 TRIAL = ("id", "number", "state", "cohort", "recipe", "seed", "run", "rungs", "planned_steps", "planned_tokens")
 BRANCH = ("parent", "parent_steps", "member")  # empty except for trials that branched off another run
@@ -143,7 +143,7 @@ def _flat(
     flat |= {"loss": loss, "last_loss": loss if finished else last}
     flat |= {TRAINING_SPEED: facts.get(TRAINING_SPEED)}
     flat |= {name: values.get(name) for name in objectives if name != "loss"}
-    flat |= {f"{name}{ERROR}": facts.get(f"{name}{ERROR}") for name in objectives if is_task_metric(name)}
+    flat |= {f"{name}{ERROR}": facts.get(f"{name}{ERROR}") for name in objectives if has_error(name)}
     tokens_per_step = trial.recipe.train.tokens_per_step
     parent, parent_steps = row.trial.parent or (None, 0)
     reached = {"steps": row.steps_done, "tokens": row.steps_done * tokens_per_step}

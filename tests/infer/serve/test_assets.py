@@ -51,7 +51,9 @@ def test_nothing_is_inline_and_nothing_is_fetched_from_elsewhere():
         assert "innerHTML" not in path.read_text()
 
 
-@pytest.mark.parametrize("entry", json.loads((VENDOR / "manifest.json").read_text()), ids=lambda entry: entry["package"])
+@pytest.mark.parametrize(
+    "entry", json.loads((VENDOR / "manifest.json").read_text()), ids=lambda entry: entry["package"]
+)
 def test_third_party_files_are_unchanged(entry):
     assert hashlib.sha256((VENDOR / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
     assert len((VENDOR / entry["license_file"]).read_text()) > 1000

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from infer import Sampling, generate
+from infer import Sampling, generate, score
 
 PATH = "/v1/completions"
 
@@ -165,6 +165,10 @@ def test_a_text_does_not_end_before_min_tokens(client, tokenizer):
     [
         ({"response_format": {"type": "regex", "pattern": "(ab|cd){2}"}}, "(ab|cd){2}"),
         ({"guided_regex": "[a-f]{3}"}, "[a-f]{3}"),
+        ({"structured_outputs": {"regex": "[a-f]{3}"}}, "[a-f]{3}"),
+        ({"structured_outputs": {"choice": ["a.b", "(c) d|e-#~&"]}}, r"a\.b|\(c\) d\|e-#~&"),
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"structured_outputs": {"json": {"enum": [1, 2]}}}, "1|2"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["a", 7]}}}}, '"a"|7'),
         ({"guided_json": '{"enum": [1, 2]}'}, "1|2"),
         ({"response_format": {"type": "json_object", "schema": {"type": "object", "maxProperties": 0}}}, r"\{\}"),
@@ -188,3 +192,39 @@ def test_default_number_of_tokens_and_none(client):
 
 def test_an_empty_prompt_begins_a_document(client, tokenizer):
     assert post(client, prompt="")["choices"] == post(client, prompt=[tokenizer.eos_id])["choices"]
+
+
+def test_echo_scores_the_prompt(client, served, tokenizer):
+    prompt = tokenizer.encode("the time")
+    expected = score(served.config, served.params, [(prompt[:1], prompt[1:])], top_k=2)
+    choice = post(client, prompt=[prompt], echo=True, logprobs=2, max_tokens=1)["choices"][0]
+    found = choice["logprobs"]
+    assert choice["text"].startswith("the time")
+    assert len(found["tokens"]) == len(prompt) + 1
+    assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+    np.testing.assert_allclose(found["token_logprobs"][1:-1], expected.tokens[0], atol=1e-5)
+    for top, wanted in zip(found["top_logprobs"][1:-1], expected.top_logprobs[0], strict=True):
+        assert sorted(top.values()) == pytest.approx(sorted(wanted.values()), abs=1e-5)
+    only = post(client, prompt=[prompt], echo=True, logprobs=2, max_tokens=0)["choices"][0]["logprobs"]
+    assert only["token_logprobs"] == found["token_logprobs"][:-1]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_log_probabilities_of_a_prompt(client, served, chat):
+    fields = {"max_tokens": 1, "prompt_logprobs": 2, "return_token_ids": True}
+    if chat:
+        messages = [{"role": "user", "content": "the"}]
+        answer = client.post("/v1/chat/completions", json={"messages": messages} | fields).json()
+        prompt, found = answer["prompt_token_ids"], answer["prompt_logprobs"]
+    else:
+        choice = post(client, **fields)["choices"][0]
+        prompt, found = choice["prompt_token_ids"], choice["prompt_logprobs"]
+    expected = score(served.config, served.params, [(prompt[:1], prompt[1:])], top_k=2)
+    assert found[0] is None
+    for token, entry, logprob, top in zip(
+        prompt[1:], found[1:], expected.tokens[0], expected.top_logprobs[0], strict=True
+    ):
+        assert entry[str(token)]["logprob"] == pytest.approx(logprob, abs=1e-5)
+        assert {int(one) for one in entry} == {*top, token}
+        ranks = {one["rank"] for one in entry.values()}
+        assert ranks - {None} == {1, 2}

@@ -161,7 +161,9 @@ def test_export_and_delete(chat):
     assert response.headers["content-disposition"] == 'attachment; filename="nder-the-hood.json"'
     assert response.json()["messages"][1] == message
     text = one.client.get(f"{one.path}/export?format=markdown").text
-    assert text.startswith("# Ünder / the “hood”\n\n## System\n\nBe kind.\n\n## User\n\nHello\n\n## Assistant (tiny)\n\n")
+    assert text.startswith(
+        "# Ünder / the “hood”\n\n## System\n\nBe kind.\n\n## User\n\nHello\n\n## Assistant (tiny)\n\n"
+    )
     assert one.client.get(f"{one.path}/export?format=xml").status_code == 400
     assert one.client.delete(one.path).json() == {"done": True}
     for path in (one.path, f"{one.path}/export", f"{one.path}/messages/{message['id']}/logprobs"):

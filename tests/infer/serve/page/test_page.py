@@ -1,17 +1,10 @@
 """The page in a browser, as its users use it."""
 
 import json
-import os
-import signal
-import sqlite3
-import subprocess
-import sys
-import time
 
 import pytest
 
 from infer.serve.settings import Settings
-from infer.serve.store import Store
 
 pytestmark = pytest.mark.long
 

@@ -1,11 +1,11 @@
-"""Measure a server over HTTP: latencies at several rates, and its capacity at a service level."""
+"""Measure a server, or an engine, under load: latencies at several rates, and its capacity at a service level."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.bench.serve.capacity import Capacity, find_capacity
+from experiments.bench.serve.capacity import BISECTIONS, REFINEMENTS, Capacity, find_capacity
 from experiments.bench.serve.client import Target
 from experiments.bench.serve.load import Load, Prompt, closed_load, open_load
 from experiments.bench.serve.measures import Limits, good_in_order, summarize
@@ -21,6 +21,7 @@ MakePrompts = Callable[[int, int], Sequence[tuple[Prompt, int]]]
 
 LASTING = 10.0  # times the longest limit on waiting: a queue that grows by a twentieth a second is then seen
 MOST_REQUESTS = 5_000  # of one rate
+EXPECTED_BEFORE = 4 + BISECTIONS  # rates, before those about the crossing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,11 @@ def offered(
     return found + [Offered(closed_load(count, prompts, seed), "closed loop") for count in streams]
 
 
+def replayed(load: Load) -> list[Offered]:
+    """Return a load that was read from a file, as the only one that is offered."""
+    return [Offered(load, "replay" if load.streams is None else "closed loop")]
+
+
 def bench_loads(
     client: ClientProcess, target: Target, loads: Sequence[Offered], limits: Limits = Limits()
 ) -> list[dict[str, Any]]:
@@ -84,6 +90,7 @@ def bench_capacity(
     share: float,
     requests: int,
     streams: int,
+    refinements: int = REFINEMENTS,
     seed: int = 0,
     burstiness: float = 1.0,
 ) -> tuple[Capacity, list[dict[str, Any]]]:
@@ -94,21 +101,31 @@ def bench_capacity(
     since a queue needs time to grow. Raises InputError without limits, and as `find_capacity` does.
     """
     if limits == Limits():
-        raise InputError("a capacity needs limits that a good request keeps; give --goodput, such as ttft:500 tpot:50")
-    warm = closed_load(streams, make_prompts(max(requests // 2, 2 * streams), seed))
-    saturated = summarize(send(warm))["requests_per_second"]
-    if saturated == 0:
-        raise InputError("the server served none of the requests of a closed loop; its messages say why")
+        raise InputError("a capacity needs limits that a good request keeps; give --limits, such as ttft:500 tpot:50")
     rows: list[dict[str, Any]] = []
+    with progress_bar("capacity", EXPECTED_BEFORE + refinements) as advance:
+        warm = summarize(send(closed_load(streams, make_prompts(max(requests // 2, 2 * streams), seed))))
+        saturated = warm["requests_per_second"]
+        if saturated == 0:
+            words = f": {warm['notes'][0]}" if warm["notes"] else ""
+            raise InputError(f"the server served none of the requests of a closed loop{words}")
 
-    def measure(rate: float, of_rate: int) -> list[bool]:
-        count = min(max(requests, math.ceil(rate * LASTING * limits.longest_wait)), MOST_REQUESTS)
-        load = open_load(rate, make_prompts(count, of_rate), of_rate, burstiness=burstiness)
-        outcomes = send(load)
-        rows.append(summarize(outcomes, limits, rate_requests_per_second=rate))
-        return good_in_order(outcomes, limits)
+        def measure(rate: float, of_rate: int) -> list[bool]:
+            count = min(max(requests, math.ceil(rate * LASTING * limits.longest_wait)), MOST_REQUESTS)
+            load = open_load(rate, make_prompts(count, of_rate), of_rate, burstiness=burstiness)
+            outcomes = send(load)
+            rows.append(summarize(outcomes, limits, rate_requests_per_second=rate))
+            if len(rows) < EXPECTED_BEFORE + refinements:
+                advance(1, f"{rate:.3g} requests/s: {rows[-1]['goodput_share']:.0%} good")
+            return good_in_order(outcomes, limits)
 
-    capacity = find_capacity(
-        measure, saturated / 2, share=share, lowest=saturated / 256, highest=4 * saturated, seed=seed + 1
-    )
+        capacity = find_capacity(
+            measure,
+            saturated / 2,
+            share=share,
+            lowest=saturated / 256,
+            highest=4 * saturated,
+            refinements=refinements,
+            seed=seed + 1,
+        )
     return capacity, sorted(rows, key=lambda row: row["rate_requests_per_second"])
