@@ -103,7 +103,9 @@ def chat(
             "try, or use isoflop generate"
         )
     with Registry([served]):
-        _Conversation(served, system, sampling, max_tokens or None, seed).run(sys.stdin.isatty() and sys.stdout.isatty())
+        _Conversation(served, system, sampling, max_tokens or None, seed).run(
+            sys.stdin.isatty() and sys.stdout.isatty()
+        )
 
 
 class _Conversation:

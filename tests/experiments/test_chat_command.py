@@ -67,7 +67,9 @@ def test_turns_and_commands(chat, tmp_path):
     assert messages[1]["content"] == "the people"
     said = text.split("> the people\n")[1].split("\n> two")[0]
     assert messages[2]["content"].translate(_CONTROL).strip() in said
-    assert markdown.read_text().startswith("# Conversation\n\n## System\n\nBe brief.\n\n## User\n\nthe people\n\n## Ass")
+    assert markdown.read_text().startswith(
+        "# Conversation\n\n## System\n\nBe brief.\n\n## User\n\nthe people\n\n## Ass"
+    )
     assert "exists; give another name" in chat("a", f"/save {json_file}")
 
 

@@ -35,6 +35,9 @@ function show() {
     const dropped = new Set(lastMessage().dropped);
     showMessages(conversation.messages, { dropped, busy: busy(), actions });
   }
+  const before = modelNamed($("model").value)?.system;
+  $("server-system").textContent = `The server puts before it: ${before}`;
+  $("server-system").hidden = !before;
   showSend();
 }
 
