@@ -46,7 +46,7 @@ _FIGURES = (".svg", ".png", ".pdf")
 
 
 def data_file(name: str) -> Path:
-    """Return the path of a file that isoflop keeps for this user, in $XDG_DATA_HOME/isoflop (~/.local/share/isoflop)."""
+    """Return the path of a file that is kept for this user: in $XDG_DATA_HOME/isoflop (~/.local/share/isoflop)."""
     import os
 
     home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")

@@ -28,9 +28,9 @@ class StoredMessage(Struct, kw_only=True):
     """A message of a tree.
 
     parent: None for the first. siblings: ids of the messages with the same parent, itself included, oldest first.
-    finish_reason: of an answer, "stop", "length", "cancelled" (stopped by the user), "content_filter", "error" or "partial". dropped: ids
-    of messages that were left out of the prompt, as the window had no room for them. Times in seconds; created: since
-    1970; seconds: from the request to the last token, of all requests if it was continued.
+    finish_reason: of an answer, "stop", "length", "content_filter", "cancelled" (stopped by the user), "error" or
+    "partial". dropped: ids of messages that were left out of the prompt, as the window had no room for them. Times in
+    seconds; created: since 1970; seconds: from the request to the last token, of all requests if it was continued.
     """
 
     id: int
