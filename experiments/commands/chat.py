@@ -1,12 +1,11 @@
 """Implement `isoflop chat`: a conversation with a model in the terminal."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from experiments.commands.options import BasePath, data_file
+from experiments.commands.options import BasePath, data_file, need_serving
 
 if TYPE_CHECKING:
     from infer.sampling import Sampling
@@ -74,6 +73,7 @@ def chat(
     """
     import sys
 
+    need_serving("chat")
     from experiments.models import need_tokenizer
     from infer.sampling import Sampling
     from infer.serve.served import Registry, open_served
@@ -140,7 +140,8 @@ class _Conversation:
                 if line.strip() in ("/exit", "/quit"):
                     break
                 if line.startswith("/"):
-                    self._command(*re.fullmatch(r"/(\S*)\s*(.*)", line, re.DOTALL).groups(), interactive)  # type: ignore[union-attr]
+                    name, _, rest = line[1:].partition(" ")
+                    self._command(name.strip(), rest.strip(), interactive)
                 elif line.strip():
                     self._say(line, interactive)
             except (ApiError, InputError) as error:

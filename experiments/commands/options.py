@@ -53,6 +53,19 @@ def data_file(name: str) -> Path:
     return home / "isoflop" / name
 
 
+def need_serving(command: str) -> None:
+    """Raise InputError unless the packages of the extra `serve` are installed. command: that needs them."""
+    import importlib.util
+
+    from model.errors import InputError
+
+    missing = [name for name in ("starlette", "uvicorn", "msgspec") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"isoflop {command} needs {', '.join(missing)}; install the extra: pip install 'isoflop[serve]'"
+        )
+
+
 def console() -> "Console":
     """Return a console on standard output; wide enough for tables if that is a file or a pipe."""
     from rich.console import Console

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.commands.options import BasePath, data_file
+from experiments.commands.options import BasePath, data_file, need_serving
 
 Keys = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY ...")]
 Origins = Annotated[tuple[str, ...], tyro.conf.arg(metavar="ORIGIN ...")]
@@ -68,6 +68,7 @@ def serve(
     """
     import os
 
+    need_serving("serve")
     from infer.serve.behaviour import Behaviour
     from infer.serve.run import Loading
     from infer.serve.run import serve as run_server

@@ -95,6 +95,14 @@ def test_wrong_calls_are_explained(isoflop, tmp_path):
     assert "is not a model" in error
 
 
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_the_extra_is_named_where_it_is_missing(isoflop, monkeypatch, command):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, error = isoflop(command, "model.gguf")
+    assert code == 2
+    assert error.strip().endswith("needs starlette, uvicorn, msgspec; install the extra: pip install 'isoflop[serve]'")
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_program(llama_folder, tmp_path):
     options = ["--capacity", "4096", "--max-tokens", "0", "--temperature", "1.5", "--seed", "1"]
