@@ -242,3 +242,22 @@ def test_reload_in_mid_answer_keeps_what_was_shown(page, script):
     page.until(lambda: page(".end"))
     assert page.texts[-1].startswith(text)
     assert "interrupted" in page.one(".end").text
+
+
+def test_a_server_that_ends_in_mid_answer_and_starts_again(page_at, serving, script, url, tmp_path):
+    settings = Settings(conversations=tmp_path / "c.sqlite")
+    with serving(settings) as address:
+        page = page_at(address).open()
+        page.write(script.add("slow", " ".join(f"word{number}" for number in range(400)), pause=0.03))
+        page.until(lambda: "word9" in page.texts[-1])
+        place = page.driver.current_url.rpartition("/")[2]
+    page.until(lambda: page.one("#error").is_displayed())
+    page.idle()
+    text = page.texts[-1]
+    assert "word9" in text
+    assert page.one("#input").get_attribute("value") == ""
+    with serving(settings) as address:
+        page = page_at(address).open(f"/{place}")
+        page.until(lambda: page(".end"))
+        assert page.texts[-1].startswith(text)
+    assert all("ERR_" in one for one in page.complaints)
