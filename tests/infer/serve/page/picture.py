@@ -15,7 +15,7 @@ QUESTIONS = (
     "How do I reverse a list in Python? Show one line of code.",
     "In one sentence: why is the sky blue?",
 )
-SAMPLING = {"temperature": 0.3, "max_tokens": 100, "seed": 3}
+SAMPLING = {"temperature": 0.3, "max_tokens": 200, "seed": 3}
 LIKELY = """
 const tokens = [...document.querySelectorAll('.token')];
 const doubt = (token) => Number(token.style.getPropertyValue('--doubt'));
