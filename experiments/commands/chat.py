@@ -201,27 +201,26 @@ class _Conversation:
     def _answer(self, interactive: bool) -> None:
         """Have the last message answered, print the answer as it is written, and append it."""
         import asyncio
-        import time
 
         from experiments.words import counted, is_or_are
         from infer.serve.window import Turn
 
-        begun = time.perf_counter()
-        text, tokens, stopped = asyncio.run(self._write())
-        seconds = time.perf_counter() - begun
+        text, tokens, seconds, stopped = asyncio.run(self._write())
         print(" (stopped)" if stopped else "")
         self.turns.append(Turn(len(self.turns), "assistant", text))
         if interactive:
-            print(f"({tokens} tokens, {tokens / seconds:.1f} tokens/s)")
+            speed = f", {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 and seconds else ""
+            print(f"({counted(tokens, 'token')}{speed})")
         if self.dropped:
             messages = counted(self.dropped, "oldest message")
             print(f"(the {messages} {is_or_are(self.dropped)} outside of the window; this answer was written without)")
 
-    async def _write(self) -> tuple[str, int, bool]:
-        """Print an answer; return its text, its number of tokens, and whether Ctrl-C stopped it."""
+    async def _write(self) -> tuple[str, int, float, bool]:
+        """Print an answer; return it, its tokens, the seconds from the first to the last, and if Ctrl-C stopped it."""
         import asyncio
         import dataclasses
         import signal
+        import time
 
         from infer.serve.generation import engine_seed, run
         from infer.serve.window import fit
@@ -234,7 +233,7 @@ class _Conversation:
         sampling = dataclasses.replace(self.sampling, seed=seed, stop_ids=served.end_ids)
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        text, tokens, stopped = "", 0, False
+        text, tokens, first, seconds, stopped = "", 0, 0.0, 0.0, False
         with await run(served, [fitted.prompt], sampling, fitted.room) as generation:
             loop.add_signal_handler(signal.SIGINT, task.cancel)
             try:
@@ -242,12 +241,14 @@ class _Conversation:
                     for _, update in ready:
                         text += update.text
                         tokens += len(update.tokens)
+                        first = first or time.perf_counter()
+                        seconds = time.perf_counter() - first
                         print(update.text.translate(_CONTROL), end="", flush=True)
             except asyncio.CancelledError:
                 stopped = True
             finally:
                 loop.remove_signal_handler(signal.SIGINT)
-        return text, tokens, stopped
+        return text, tokens, seconds, stopped
 
     def _save(self, given: str) -> None:
         import json
