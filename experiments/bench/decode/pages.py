@@ -37,7 +37,7 @@ class Shapes(NamedTuple):
         return self.capacity // self.page
 
 
-Caches = list[tuple[Array, Array]]  # keys and values of each layer
+Caches = list[tuple[Array, ...]]  # keys and values of each layer
 Part = Callable[[Array, Array], Float[Array, "slots kv_heads page head_dim"]]
 """(keys or values, number) → the page of this number of every slot."""
 
@@ -54,7 +54,7 @@ def whole(shapes: Shapes, query: Array, keys: Array, values: Array, new: Array, 
     return attend(query, (keys, new), (values, new), mask, scale=shapes.head_dim**-0.5)
 
 
-def by_page(shapes: Shapes, query: Array, part: Part, layer: tuple[Array, Array], new: Array, lengths: Array) -> Array:
+def by_page(shapes: Shapes, query: Array, part: Part, layer: tuple[Array, ...], new: Array, lengths: Array) -> Array:
     """Attend page by page (Milakov and Gimelshein 2018), up to the last page that any slot holds."""
     group = shapes.heads // shapes.kv_heads
     query = query.reshape(shapes.slots, shapes.kv_heads, group, shapes.head_dim) * shapes.head_dim**-0.5
