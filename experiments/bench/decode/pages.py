@@ -37,7 +37,7 @@ class Shapes(NamedTuple):
         return self.capacity // self.page
 
 
-Caches = list[tuple[Array, Array]]  # keys and values of each layer
+Caches = list[tuple[Array, ...]]  # keys and values of each layer
 Part = Callable[[Array, Array], Float[Array, "slots kv_heads page head_dim"]]
 """(keys or values, number) → the page of this number of every slot."""
 
@@ -48,13 +48,14 @@ def mask_of(shapes: Shapes, lengths: Array) -> Array:
     return jnp.concatenate([held, jnp.ones_like(held[..., :1])], axis=-1)
 
 
-def whole(shapes: Shapes, query: Array, keys: Array, values: Array, new: Array, lengths: Array) -> Array:
+def whole(shapes: Shapes, query: Array, layer: tuple[Array, ...], new: Array, lengths: Array) -> Array:
     """Attend to all tokens of a row at once, as the engine does."""
     mask = mask_of(shapes, lengths)
+    keys, values = layer
     return attend(query, (keys, new), (values, new), mask, scale=shapes.head_dim**-0.5)
 
 
-def by_page(shapes: Shapes, query: Array, part: Part, layer: tuple[Array, Array], new: Array, lengths: Array) -> Array:
+def by_page(shapes: Shapes, query: Array, part: Part, layer: tuple[Array, ...], new: Array, lengths: Array) -> Array:
     """Attend page by page (Milakov and Gimelshein 2018), up to the last page that any slot holds."""
     group = shapes.heads // shapes.kv_heads
     query = query.reshape(shapes.slots, shapes.kv_heads, group, shapes.head_dim) * shapes.head_dim**-0.5
@@ -87,7 +88,7 @@ def step_in_rows(shapes: Shapes, loop: bool, caches: Caches, new: Array, lengths
         def part(held: Array, number: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(held, number * shapes.page, shapes.page, axis=2)
 
-        x = by_page(shapes, x, part, layer, key, lengths) if loop else whole(shapes, x, *layer, key, lengths)
+        x = by_page(shapes, x, part, layer, key, lengths) if loop else whole(shapes, x, layer, key, lengths)
         fresh = key + 0 * x[:, : shapes.kv_heads]  # the write waits for the read, and so is done in place
         for slot in range(shapes.slots):
             place, one = (slot, 0, lengths[slot], 0), fresh[slot : slot + 1]
@@ -113,7 +114,7 @@ def step_in_pages(
         if loop:
             x = by_page(shapes, x, part, layer, key, lengths)
         else:
-            x = whole(shapes, x, *(pool.at[table].get(mode="clip").reshape(row) for pool in layer), key, lengths)
+            x = whole(shapes, x, tuple(pool.at[table].get(mode="clip").reshape(row) for pool in layer), key, lengths)
         fresh = key + 0 * x[:, : shapes.kv_heads]
         for slot in range(shapes.slots):
             for head in range(shapes.kv_heads):
