@@ -31,13 +31,33 @@ def aim(body):
     body.update({name: value for name, value in VALID.items() if name in body})
 
 
+def aim_at_a_conversation(case, place):
+    """Replace the places in the path by those of a conversation with an answer, which its body answers again."""
+    case.path_parameters = {name: place[name] for name in case.path_parameters}
+    if case.path.endswith("/answer"):
+        case.body = {"parent": place["question"], "model": "tiny", "settings": case.body.get("settings") or {}}
+        case.body["settings"].pop("seed", None)
+    elif case.path.endswith("/branch"):
+        case.body = {"message": int(place["message"])}
+
+
+@pytest.fixture(scope="module")
+def place(client):
+    """The ids of a conversation, of its question and of the answer."""
+    made = client.post("/api/conversations", json={}).json()["id"]
+    body = {"content": "the time", "settings": {"max_tokens": 2}}
+    assert client.post(f"/api/conversations/{made}/answer", json=body).status_code == 200
+    question, answer = client.get(f"/api/conversations/{made}").json()["messages"]
+    return {"conversation": str(made), "question": question["id"], "message": str(answer["id"])}
+
+
 @pytest.fixture(scope="module")
 def operations(app):
     """The operations of the document."""
     return [one.ok() for one in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations()]
 
 
-def fuzz(operation, mode):
+def fuzz(operation, mode, place):
     """Send 50 requests of one operation; return how many answers had each status."""
     statuses = {}
 
@@ -50,8 +70,11 @@ def fuzz(operation, mode):
     )
     @hypothesis.given(operation.as_strategy(generation_mode=mode), hypothesis.strategies.booleans())
     def send(case, aimed):
-        if isinstance(case.body, dict):
-            if aimed and mode == schemathesis.GenerationMode.POSITIVE:
+        aimed = aimed and mode == schemathesis.GenerationMode.POSITIVE
+        if aimed and "conversation" in (case.path_parameters or {}) and operation.method.upper() != "DELETE":
+            aim_at_a_conversation(case, place)
+        elif isinstance(case.body, dict):
+            if aimed:
                 aim(case.body)
             if "completions" in operation.path:
                 shorten(case.body)
@@ -65,13 +88,13 @@ def fuzz(operation, mode):
     return statuses
 
 
-def test_no_request_fails_the_server(operations, idle):
+def test_no_request_fails_the_server(operations, place, idle):
     """50 requests of each operation that the document allows, and 50 that it does not."""
     assert len(operations) > 2
     for operation in operations:
-        statuses = fuzz(operation, schemathesis.GenerationMode.POSITIVE)
+        statuses = fuzz(operation, schemathesis.GenerationMode.POSITIVE, place)
         print(operation.label, statuses)
         if operation.body:
             assert statuses.get(200), "some are answered"
-            print(operation.label, "against the document", fuzz(operation, schemathesis.GenerationMode.NEGATIVE))
+            print(operation.label, "against the document", fuzz(operation, schemathesis.GenerationMode.NEGATIVE, place))
     idle()
