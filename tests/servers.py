@@ -137,6 +137,13 @@ class Server:
         assert values, f"no metric {name} in:\n{text}"
         return sum(map(float, values))
 
+    def wait_until_running(self, seconds=60):
+        """Return when a request runs."""
+        start = time.monotonic()
+        while not self.metric("num_requests_running"):
+            assert time.monotonic() - start < seconds, "no request runs"
+            time.sleep(0.02)
+
     def wait_until_idle(self, seconds=10):
         """Return the seconds until no request runs or waits; fail after `seconds`."""
         start = time.monotonic()

@@ -280,11 +280,12 @@ class _Api:
             if body.content is not None:
                 turns.append(Turn(None, "user", body.content))
             fitted = await fit(served, conversation.system, turns, drawn.max_tokens, body.again)
-            sampling = sampling_of(_request(drawn), served, _ALTERNATIVES if drawn.logprobs else 0)
+            logprobs = drawn.logprobs and served.shows_tokens
+            sampling = sampling_of(_request(drawn), served, _ALTERNATIVES if logprobs else 0)
             generation = await run(served, [fitted.prompt], sampling, fitted.room)
             message = await self._store_answer(id, parent, body, served, fitted)
             started = Started(conversation=await self.store.run(tree.read, id, message))
-            return answer.start(self.store, message, generation, served, started, drawn.logprobs)
+            return answer.start(self.store, message, generation, served, started, logprobs)
         except BaseException:
             if generation is not None:
                 generation.close()

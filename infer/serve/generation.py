@@ -126,22 +126,23 @@ class Generation:
                 if update.finish_reason == "error":
                     raise ApiError(500, "the engine failed; the server's log says why", code="engine_failed")
             if self._filters:
-                ready = [(number, await self._filtered(number, update)) for number, update in ready]
+                ready = [one for given in ready if (one := await self._filtered(*given)) is not None]
             if ready:
                 yield ready
 
-    async def _filtered(self, number: int, update: Update) -> Update:
-        """Return an update as the filters let it through; they may end its request."""
+    async def _filtered(self, number: int, update: Update) -> tuple[int, Update] | None:
+        """Return an update as the filters let it through, None after they ended its request."""
         chain = self._chains.setdefault(number, Chain(self._filters))
-        was_refused = chain.refused is not None
+        if chain.refused is not None:
+            return None
         text = await push(chain, update.text, update.finish_reason is not None)
-        if chain.refused is None or was_refused:
-            return dataclasses.replace(update, text=text, finish_reason=None if was_refused else update.finish_reason)
+        if chain.refused is None:
+            return number, dataclasses.replace(update, text=text)
         for request, other in list(self._numbers.items()):
             if other == number:
                 self._service.cancel(request)
                 del self._numbers[request]
-        return dataclasses.replace(update, text=text, finish_reason="content_filter")
+        return number, dataclasses.replace(update, text=text, finish_reason="content_filter")
 
 
 async def run(

@@ -1,6 +1,7 @@
 """/metrics: what the engines do and how long requests took, for Prometheus, under the names that vLLM gives them."""
 
 import bisect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -159,8 +160,8 @@ class _Models(Collector):
             ("prompt_tokens", "Tokens of prompts.", "prompt_tokens"),
             ("generation_tokens", "Tokens that were generated.", "generated_tokens"),
         ):
-            yield self._counter(name, what, each(totals, lambda total, field=field: getattr(total, field)))
-        ended = {
+            yield self._counter(name, what, each(totals, operator.attrgetter(field)))
+        ended: dict[tuple[str, ...], float] = {
             (name, label): total.finished.get(reason, 0)
             for name, total in totals.items()
             for reason, label in _REASONS.items()

@@ -76,7 +76,8 @@ def serve(
 
     port: 0 takes a free one. without_key: allow a host that other machines reach, without an API key.
     Raises InputError, before anything is loaded, for a host that other machines reach without an API key, a port that
-    is in use, a path that is no model, options that are out of range, and models that do not fit the free memory. Exits with status 130 after SIGINT.
+    is in use, a path that is no model, options that are out of range, and models that do not fit the free memory. Exits
+    with status 130 after SIGINT.
     """
     check_reachable(host, settings, without_key)
     check_names([name_and_path(given)[0] for given in models])

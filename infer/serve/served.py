@@ -118,6 +118,11 @@ class Served:
         slots = 0 if self.service is None else self.service.engine.slots
         return f"isoflop-{self.weights}-{slots}x{self.capacity}"
 
+    @property
+    def shows_tokens(self) -> bool:
+        """False if filters of output may take out what the tokens and their log-probabilities would show."""
+        return self.behaviour is None or not self.behaviour.outputs
+
     def need_service(self) -> Service:
         """Return the engine's service. Raises ApiError for an encoder."""
         if self.service is None:

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize: ids of tokens as /v1/completions and /v1/chat/completions read them, and back."""
+"""/tokenize, /detokenize and /tokenizer_info: ids of tokens as completions and chats read them, and back."""
 
 from starlette.requests import Request
 
@@ -9,7 +9,7 @@ from infer.serve.errors import ApiError
 from infer.serve.prompts import encode_text, off_loop
 from infer.serve.served import Registry, Served
 from infer.serve.settings import Settings
-from infer.serve.types import ChatRequest, DetokenizeRequest, Text, TokenizeRequest, Tokens
+from infer.serve.types import ChatRequest, DetokenizeRequest, Text, TokenizeRequest, TokenizerInfo, Tokens
 from model.errors import InputError
 
 
@@ -34,7 +34,23 @@ def routes(registry: Registry, settings: Settings) -> list[Endpoint]:
             raise ApiError(400, str(error), param="tokens") from error
         return Text(text, text)
 
+    async def info(request: Request, body: None) -> TokenizerInfo:
+        tokenizer = registry.get(request.query_params.get("model")).need_tokenizer("model")
+        begin, end = (
+            None if token is None else tokenizer.token_name(token) for token in (tokenizer.bos_id, tokenizer.eos_id)
+        )
+        return TokenizerInfo(begin, end, tokenizer.chat_template)
+
     return [
+        Endpoint(
+            "GET",
+            "/tokenizer_info",
+            info,
+            "What the tokenizer puts around texts.",
+            response=TokenizerInfo,
+            query={"model": str},
+            errors=(404,),
+        ),
         Endpoint(
             "POST",
             "/tokenize",

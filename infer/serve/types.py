@@ -261,6 +261,14 @@ class Tokens(Struct):
     token_strs: list[str] | None = None
 
 
+class TokenizerInfo(Struct):
+    """What clients that encode texts themselves have to know; None: the tokenizer has none."""
+
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+
 class DetokenizeRequest(Struct, kw_only=True):
     """Ids of tokens."""
 

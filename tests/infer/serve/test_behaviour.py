@@ -1,13 +1,19 @@
 """Behaviour controls: what the TOML file may say, and what the server then does."""
 
+import asyncio
+import dataclasses
 import re
 
 import pytest
 from starlette.testclient import TestClient
 
+from infer.completion import Update
+from infer.request import Request
+from infer.sampling import Sampling
 from infer.serve.app import create_app
 from infer.serve.behaviour import Behaviour
 from infer.serve.errors import ApiError
+from infer.serve.generation import Generation
 from infer.serve.limits import Account, Limits
 from infer.serve.served import Registry, Served
 from infer.serve.settings import Settings
@@ -142,6 +148,26 @@ def test_filters_of_output(controlled, events, idle, tokenizer, path, said, show
     idle()
 
 
+def test_nothing_follows_a_refusal_however_late_it_is_read(served, registry, tmp_path):
+    """Updates that arrived together with the one that is refused are dropped."""
+    path = tmp_path / "behaviour.toml"
+    path.write_text(FILTERS, encoding="utf-8")
+    behaviour = Behaviour.read(path)
+
+    async def read():
+        model = dataclasses.replace(served, behaviour=behaviour)
+        with Generation(model) as generation:
+            request = Request(Sampling(), prompt=[1], max_new_tokens=9, submitted=0.0)
+            generation._numbers[request] = 0
+            for text, reason in (("in 19", None), ("99 ", None), ("and more", None), ("", "stop")):
+                generation._hear(request, Update(text, [5], [0.0], [{}], reason))
+            return [one async for ready in generation for one in ready]
+
+    found = asyncio.run(read())
+    assert "".join(update.text for _, update in found) == "in "
+    assert [update.finish_reason for _, update in found][-1] == "content_filter"
+
+
 def test_a_function_filters_lines(controlled, tmp_path):
     code = """
 def loud(line):
@@ -157,6 +183,17 @@ def loud(line):
     assert echoed["choices"][0]["text"] == "SAY\non\nLAST"
     failed = post(one, COMPLETIONS, 500, prompt="fail").json()
     assert "secret" not in str(failed)
+
+
+def test_conversations_of_the_page_are_filtered(controlled):
+    with controlled(FILTERS) as one:
+        id = one.post("/api/conversations", json={}).json()["id"]
+        path = f"/api/conversations/{id}/answer"
+        refused = one.post(path, json={"content": "in 1999"})
+        assert refused.json()["error"]["code"] == "content_filter"
+        answered = one.post(path, json={"content": "the weather", "settings": {"max_tokens": 2}})
+        assert answered.headers["x-isoflop-flags"] == "topic"
+        assert '"type":"end"' in answered.text
 
 
 def test_limits_are_those_of_each_key(controlled):

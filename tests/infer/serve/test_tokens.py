@@ -47,6 +47,12 @@ def test_text_comes_back(client, tokenizer):
     assert post(client, "/detokenize", tokens=[])["prompt"] == ""
 
 
+def test_what_the_tokenizer_puts_around_texts(client, tokenizer):
+    info = {"bos_token": None, "eos_token": "<|im_end|>", "chat_template": tokenizer.chat_template}
+    assert client.get("/tokenizer_info").json() == client.get("/tokenizer_info?model=tiny").json() == info
+    assert client.get("/tokenizer_info?model=x").status_code == 404
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
