@@ -144,12 +144,12 @@ class Page:
         return self.driver.execute_script(code, *arguments)
 
     def until(self, condition, seconds=SECONDS):
-        """Wait for a condition and return its value."""
+        """Wait for a condition and return its value; it may ask for elements that are not there yet."""
         from selenium.common.exceptions import StaleElementReferenceException
 
         end = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(StaleElementReferenceException):
+            with contextlib.suppress(StaleElementReferenceException, IndexError):  # not there yet
                 if value := condition():
                     return value
             assert time.monotonic() < end, f"not reached:\n{self.one('body').text[-2000:]}"

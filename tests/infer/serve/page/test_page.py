@@ -70,7 +70,7 @@ def test_streams_and_stops_by_button_and_by_escape(page, script):
         assert len(text) < len(words)
         assert page.one(".end").text.startswith("Stopped.")
         page.driver.refresh()
-        page.until(lambda: page.one("#title").text.startswith("say:"))
+        page.until(lambda: page.one("#title").text.startswith("say:") and page(".end"))
         assert page.texts[-1] == text
         # Continue appends to the answer.
         script.add("long", "and on", pause=0)
