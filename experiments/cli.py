@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from experiments.commands import compare, data, doctor, evaluate, generate, report, serve, study, train, tune
+from experiments.commands import chat, compare, data, doctor, evaluate, generate, report, serve, study, train, tune
 from experiments.commands.bench import compare as bench_compare
 from experiments.commands.bench import decode
 from experiments.commands.bench import evaluate as bench_evaluate
@@ -60,6 +60,7 @@ COMMANDS: Tree = {
     "report": report.report,
     "cool": train.cool,
     "generate": generate.generate,
+    "chat": chat.chat,
     "serve": serve.serve,
     "eval": evaluate.evaluate,
     "compare": compare.compare,

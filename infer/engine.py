@@ -231,6 +231,13 @@ class Engine:
         return [owner for owner in self._owners if owner is not None and owner.finish_reason is None]
 
     @property
+    def spare_slots(self) -> int:
+        """Slots that no waiting request takes at the next step while the device computes one; 0 if it computes none."""
+        if self._in_flight is None:
+            return 0
+        return self._owners.count(None) - len(self._waiting) - (self._prefill is not None)
+
+    @property
     def totals(self) -> Totals:
         """What the engine has done; any thread may read it."""
         return self._totals

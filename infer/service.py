@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -18,8 +19,10 @@ from model.errors import InputError, check_whole
 Result = TypeVar("Result")
 Listener = Callable[[Request, Update], None]
 LOG = logging.getLogger(__name__)
+_RECENT_STEPS = 4  # the shortest of which is expected again: others read prompts
 _RECENT = 32  # finished requests from which the time of the next one is estimated
 _SHORTEST_RETRY, _LONGEST_RETRY, _UNKNOWN_RETRY = 0.1, 60.0, 1.0  # seconds
+_LAUNCH_AT = 0.5  # of the time of a step, after which the next one is launched although slots are free
 
 
 class QueueFull(Exception):
@@ -54,7 +57,9 @@ class Service:
 
     Use it as a context manager, or call `start` and `close`. Only the thread touches the engine: requests,
     cancellations and jobs are handed over between two steps. A request is cancelled before the next step, whether it
-    waits, is being prefilled or runs. If the engine fails, such as for want of memory, all requests end with the finish
+    waits, is being prefilled or runs. While slots are free, a step is launched late, halfway through the one that the
+    device computes: requests that come until then, such as a client's next one after its last answer, need not wait for
+    one step more. If the engine fails, such as for want of memory, all requests end with the finish
     reason "error", `submit` and `call` raise ServiceStopped, and `load` has the failure.
     """
 
@@ -74,6 +79,8 @@ class Service:
         self._running, self._cache_share = 0, 0.0
         self._durations: deque[float] = deque(maxlen=_RECENT)  # seconds from the queue to the end
         self._retry_after = _UNKNOWN_RETRY
+        self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)  # seconds
+        self._launch_at = 0.0  # time of the next step, if slots are free
         self._listeners: dict[Request, Listener] = {}
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -195,6 +202,9 @@ class Service:
         with self._work:
             while self.engine.idle and not (self._inbox or self._cancelled or self._jobs or self._closing):
                 self._work.wait()
+            while len(self._inbox) < self.engine.spare_slots and not (self._jobs or self._closing):
+                if not self._work.wait(self._launch_at - time.perf_counter()):
+                    break
             closing = self._closing
             new, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
@@ -206,7 +216,12 @@ class Service:
             self.engine.cancel(request)
         if job is not None:
             _run(*job)
-        for request in self.engine.step():
+        start = time.perf_counter()
+        changed = self.engine.step()
+        now = time.perf_counter()
+        self._steps.append(now - start)
+        self._launch_at = now + _LAUNCH_AT * min(self._steps)
+        for request in changed:
             self._deliver(request)
         self._measure()
         if closing:

@@ -45,6 +45,27 @@ Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")]
 _FIGURES = (".svg", ".png", ".pdf")
 
 
+def data_file(name: str) -> Path:
+    """Return the path of a file that is kept for this user: in $XDG_DATA_HOME/isoflop (~/.local/share/isoflop)."""
+    import os
+
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return home / "isoflop" / name
+
+
+def need_serving(command: str) -> None:
+    """Raise InputError unless the packages of the extra `serve` are installed. command: that needs them."""
+    import importlib.util
+
+    from model.errors import InputError
+
+    missing = [name for name in ("starlette", "uvicorn", "msgspec") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"isoflop {command} needs {', '.join(missing)}; install the extra: pip install 'isoflop[serve]'"
+        )
+
+
 def console() -> "Console":
     """Return a console on standard output; wide enough for tables if that is a file or a pipe."""
     from rich.console import Console

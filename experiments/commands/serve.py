@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.commands.options import BasePath
+from experiments.commands.options import BasePath, data_file, need_serving
 
 Keys = Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY ...")]
 Origins = Annotated[tuple[str, ...], tyro.conf.arg(metavar="ORIGIN ...")]
@@ -68,6 +68,7 @@ def serve(
     """
     import os
 
+    need_serving("serve")
     from infer.serve.behaviour import Behaviour
     from infer.serve.run import Loading
     from infer.serve.run import serve as run_server
@@ -85,16 +86,13 @@ def serve(
         cors_origins=cors_origin,
         behaviour=controls,
         metrics_prefix=metrics_prefix,
-        conversations=None if conversations == "none" else _conversations(conversations),
+        conversations=_file(conversations),
     )
     loading = Loading(tokenizer, chat_template, base, slots, capacity, steps, weights, cache, most_waiting, controls)
     run_server(models, host=host, port=port, loading=loading, settings=settings, without_key=open)
 
 
-def _conversations(given: str | None) -> Path:
-    import os
-
-    if given is not None:
-        return Path(given)
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return home / "isoflop" / "conversations.sqlite"
+def _file(given: str | None) -> Path | None:
+    if given == "none":
+        return None
+    return data_file("conversations.sqlite") if given is None else Path(given)

@@ -31,7 +31,11 @@ _ALTERNATIVES = 5  # most likely tokens that are stored with each
 
 
 class ServedModel(Struct, kw_only=True):
-    """A model that may answer. window: tokens of prompt and answer together. chats: whether it has a chat template."""
+    """A model that may answer.
+
+    window: tokens of prompt and answer together. chats: whether it has a chat template. system: the server's system
+    prompt, which stands before that of a conversation; "" for none, and for one that is hidden.
+    """
 
     name: str
     parameters: int
@@ -39,6 +43,7 @@ class ServedModel(Struct, kw_only=True):
     window: int
     weights: str
     chats: bool
+    system: str
 
 
 class ModelNames(Struct, kw_only=True):
@@ -63,7 +68,8 @@ class Changes(Struct, kw_only=True):
 
 
 class AnswerSettings(Struct, kw_only=True, omit_defaults=True):
-    """How the tokens of an answer are drawn: see /v1/chat/completions. logprobs: keep those of the tokens."""
+    """How the tokens of an answer are drawn: see /v1/chat/completions. logprobs: keep those of the tokens,
+    unless the server filters its output."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -236,7 +242,12 @@ class _Api:
             return _file(msgspec.json.format(msgspec.json.encode(conversation), indent=2), conversation, "json")
         if form == "markdown":
             conversation = await self.store.run(tree.read, id)
-            return _file(_markdown(conversation).encode(), conversation, "md")
+            messages = [
+                ("User" if one.role == "user" else f"Assistant ({one.model})", one.content)
+                for one in conversation.messages
+            ]
+            text = tree.markdown(conversation.title, conversation.system, messages)
+            return _file(text.encode(), conversation, "md")
         raise ApiError(400, f"format={form[:40]!r} must be json or markdown", param="format")
 
     async def stop(self, request: Request, body: None) -> Done:
@@ -263,6 +274,8 @@ class _Api:
             turns = [Turn(one.id, one.role, one.content) for one in await self.store.run(tree.branch, id, parent)]
             _check(body, turns)
             served = self.registry.get(body.model or conversation.model or None)
+            if served.behaviour is not None and served.behaviour.outputs:
+                body.settings.logprobs = False  # tokens would show what the filters take out of the text
             drawn = body.settings
             if body.content is not None:
                 turns.append(Turn(None, "user", body.content))
@@ -347,6 +360,7 @@ def _described(served: Served) -> ServedModel:
     from model.accounting import parameters
 
     template = None if served.tokenizer is None else served.tokenizer.chat_template
+    system = None if served.behaviour is None else served.behaviour.system
     return ServedModel(
         name=served.name,
         parameters=parameters(served.config).total,
@@ -354,6 +368,7 @@ def _described(served: Served) -> ServedModel:
         window=served.capacity,
         weights=served.weights,
         chats=template is not None,
+        system=system.prompt if system is not None and system.visible else "",
     )
 
 
@@ -362,13 +377,3 @@ def _file(data: bytes, conversation: tree.Conversation, suffix: str) -> Response
     headers = {"content-disposition": f'attachment; filename="{name}.{suffix}"'}
     media_type = "application/json" if suffix == "json" else "text/markdown; charset=utf-8"
     return Response(data, headers=headers, media_type=media_type)
-
-
-def _markdown(conversation: tree.Conversation) -> str:
-    parts = [f"# {conversation.title or 'Conversation'}"]
-    if conversation.system:
-        parts.append(f"## System\n\n{conversation.system}")
-    for message in conversation.messages:
-        name = "User" if message.role == "user" else f"Assistant ({message.model})"
-        parts.append(f"## {name}\n\n{message.content.strip()}")
-    return "\n\n".join(parts) + "\n"

@@ -28,9 +28,9 @@ class StoredMessage(Struct, kw_only=True):
     """A message of a tree.
 
     parent: None for the first. siblings: ids of the messages with the same parent, itself included, oldest first.
-    finish_reason: of an answer, "stop", "length", "cancelled" (stopped by the user), "error" or "partial". dropped: ids
-    of messages that were left out of the prompt, as the window had no room for them. Times in seconds; created: since
-    1970; seconds: from the request to the last token, of all requests if it was continued.
+    finish_reason: of an answer, "stop", "length", "content_filter", "cancelled" (stopped by the user), "error" or
+    "partial". dropped: ids of messages that were left out of the prompt, as the window had no room for them. Times in
+    seconds; created: since 1970; seconds: from the request to the last token, of all requests if it was continued.
     """
 
     id: int
@@ -350,3 +350,12 @@ def _title(content: str) -> str:
         return words
     head = words[:_TITLE_LENGTH]
     return f"{head.rpartition(' ')[0] or head}…"
+
+
+def markdown(title: str, system: str, messages: Iterable[tuple[str, str]]) -> str:
+    """Return a conversation as Markdown. messages: (name of its author, content) of each."""
+    parts = [f"# {title or 'Conversation'}"]
+    if system:
+        parts.append(f"## System\n\n{system}")
+    parts += [f"## {author}\n\n{content.strip()}" for author, content in messages]
+    return "\n\n".join(parts) + "\n"

@@ -116,9 +116,10 @@ def check(scenes, slots, whole):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(name, marks=() if name == "windows" else pytest.mark.long) for name in KINDS]
+    ("kind", "slots", "whole"),
+    [("windows", (6,), (3,)), *(pytest.param(kind, range(SLOTS), (0, 3, 7), marks=pytest.mark.long) for kind in KINDS)],
 )
-def test_the_output_does_not_depend_on_what_else_is_served(kind, random_params, optimised):
+def test_the_output_does_not_depend_on_what_else_is_served(kind, slots, whole, random_params, optimised):
     config, options = KINDS[kind]
     params = prepare(config, random_params(config))
     random = np.random.default_rng(0)
@@ -131,7 +132,7 @@ def test_the_output_does_not_depend_on_what_else_is_served(kind, random_params, 
 
     (system,) = draw(35)
     scenes = Scenes(make_engine, requests_of(system, draw(3, 16, 41)), draw(1, 9, 16, 17, 30, 40, 60), 12)
-    check(scenes, slots=range(SLOTS), whole=(0, 3, 7))
+    check(scenes, slots, whole)
 
 
 @pytest.mark.long

@@ -246,3 +246,31 @@ def test_random_submits_and_cancels_from_many_threads(engine):
         True,
         False,
     }
+
+
+def test_a_client_that_answers_at_once_waits_for_no_step_more(engine, monkeypatch):
+    """Beside a running request, one sent on when the last ends joins the step that it joins in a loop of one thread."""
+    steps, step, tokens, rounds = [0], engine.step, 6, 4
+
+    def slow():
+        steps[0] += 1
+        time.sleep(0.05)
+        return step()
+
+    neighbour = engine.submit([1], ENDLESS, LONG)
+    for _ in range(rounds):
+        request = engine.submit([1, 2, 3], ENDLESS, tokens)
+        while request.finish_reason is None:
+            steps[0] += 1
+            engine.step()
+    engine.cancel(neighbour)
+    engine.run()
+    expected, steps[0] = steps[0], 0
+    monkeypatch.setattr(engine, "step", slow)
+    with Service(engine) as service:
+        service.submit([1], ENDLESS, LONG, Heard())
+        for _ in range(rounds):
+            heard = Heard()
+            service.submit([1, 2, 3], ENDLESS, tokens, heard)
+            assert heard.reason() == "length"
+        assert steps[0] <= expected + 1

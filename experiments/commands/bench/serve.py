@@ -26,7 +26,7 @@ _DEFAULT_STREAMS = (1, 8)
 
 
 def serve(
-    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URL|MODEL")],
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URL-OR-MODEL")],
     *,
     rate: Rates = (),
     concurrency: Streams = (),
@@ -74,7 +74,8 @@ def serve(
     Example: isoflop bench serve SmolLM2.gguf --capacity --limits ttft:1000 tpot:100 --share 0.9
 
     Example: isoflop bench serve SmolLM2.gguf --rate 2 --record load.jsonl
-    then: isoflop bench serve http://127.0.0.1:8080 --replay load.jsonl
+
+    Example: isoflop bench serve http://127.0.0.1:8080 --replay load.jsonl
 
     Example: isoflop bench serve SmolLM2.gguf --against-engine --concurrency 8 --against llama.cpp/bin/llama-server
 

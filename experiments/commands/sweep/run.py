@@ -199,7 +199,7 @@ class _Outcome:
     policy: str
     unit: str
     standing: "Standing"
-    front: "ParetoFront | None"
+    front: "ParetoFront | None" = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

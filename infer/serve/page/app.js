@@ -35,6 +35,9 @@ function show() {
     const dropped = new Set(lastMessage().dropped);
     showMessages(conversation.messages, { dropped, busy: busy(), actions });
   }
+  const before = modelNamed($("model").value)?.system;
+  $("server-system").textContent = `The server puts before it: ${before}`;
+  $("server-system").hidden = !before;
   showSend();
 }
 
@@ -147,7 +150,8 @@ async function receive(id, body) {
   hideError();
   const shownNow = () => state.conversation?.id === id;
   let conversation = null;
-  state.conversation = expected(state.conversation, body);
+  const before = state.conversation;
+  state.conversation = expected(before, body);
   state.answers.set(id, state.conversation);
   show();
   toEnd();
@@ -197,7 +201,14 @@ async function receive(id, body) {
   state.answers.delete(id);
   state.stopped.delete(id);
   if (!shownNow()) return conversation !== null;
-  if (!conversation || message.running) state.conversation = await api.read(id); // it failed, or the connection broke
+  if (!conversation || message.running) { // it was refused, failed, or the connection broke
+    try {
+      state.conversation = await api.read(id);
+    } catch {
+      if (message) Object.assign(message, { running: false, finish_reason: "partial" });
+      else state.conversation = before;
+    }
+  }
   const end = isAtEnd();
   show();
   if (end) toEnd();

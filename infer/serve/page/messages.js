@@ -8,6 +8,7 @@ const ENDS = {
   length: "The answer reached its longest length.",
   cancelled: "Stopped.",
   partial: "The answer was interrupted; what had been written is kept.",
+  content_filter: "A filter of the server ended the answer.",
   error: "The engine failed; what had been written is kept.",
 };
 const shown = new Map(); // id of a message → {signature, element, records}
@@ -88,7 +89,7 @@ function element(known, message, { dropped, busy, last, actions }) {
   const end = ENDS[message.finish_reason];
   if (end && last) {
     const again = make("button", { type: "button", disabled: busy, onclick: () => actions.resume(message) }, "Continue");
-    const note = make("p", { className: "end" }, end, message.content.trim() ? again : null);
+    const note = make("p", { className: "end" }, end, message.content.trim() && message.finish_reason !== "content_filter" ? again : null);
     article.insertBefore(note, foot);
   }
   return article;

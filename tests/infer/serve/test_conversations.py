@@ -1,5 +1,6 @@
 """Conversations: stored before they are shown, trees of versions, exports, and what leaves the window."""
 
+import dataclasses
 import json
 import signal
 import sqlite3
@@ -13,6 +14,9 @@ from starlette.testclient import TestClient
 
 from infer.serve import tree
 from infer.serve.app import create_app
+from infer.serve.behaviour import Behaviour, SystemPrompt
+from infer.serve.filters import Filter, Pattern, Words
+from infer.serve.served import Registry
 from infer.serve.settings import Settings
 from infer.serve.store import Store
 from model.errors import InputError
@@ -229,6 +233,22 @@ def test_conversations_outlast_the_server(registry, tmp_path):
     with TestClient(create_app(registry, Settings(conversations=path))) as client:
         assert client.get("/api/models").json()["stored"]
         assert client.get(one.path).json() == before
+
+
+def test_behaviour_of_the_server_holds_for_conversations(served):
+    system = SystemPrompt("Say a.")
+    refusing = Filter("all", Pattern("(?s)."), "refuse")
+    behaviour = Behaviour(system=system, inputs=(Filter("bad", Words(["bad"]), "refuse"),), outputs=(refusing,))
+    other = Registry([dataclasses.replace(served, behaviour=behaviour)])  # its engine runs already
+    with TestClient(create_app(other)) as client:
+        assert client.get("/api/models").json()["models"][0]["system"] == "Say a."
+        one = Chat(client, client.post(API, json={}).json()["id"])
+        assert one.refused(content="a bad word")[0] == 400
+        assert one.now["messages"] == []
+        message = one.ended(content="a")
+        assert message["finish_reason"] == "content_filter"
+        assert message["settings"]["logprobs"] is False
+        assert client.get(f"{one.path}/messages/{message['id']}/logprobs").json() == []
 
 
 ANSWERING = """

@@ -65,12 +65,12 @@ class Saying:
 
 @pytest.fixture(scope="session")
 def serving(registry):
-    """(settings) → a context with the URL of a server in a thread."""
+    """(settings, models) → a context with the URL of a server in a thread."""
 
     @contextlib.contextmanager
-    def serve(settings):
+    def serve(settings, models=registry):
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            config = uvicorn.Config(create_app(registry, settings), log_level="error", timeout_graceful_shutdown=1)
+            config = uvicorn.Config(create_app(models, settings), log_level="error", timeout_graceful_shutdown=1)
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
             thread.start()

@@ -64,8 +64,8 @@ const [area, run] = arguments, bad = [];
 if (run in window) bad.push('ran');
 for (const one of document.querySelectorAll(area + ' *')) {
   const name = one.localName;
-  if (/^(script|iframe|frame|object|embed|img|image|svg|math|style|link|meta|base|form|input|video|audio|template)$/.test(name)
-      && !one.closest('button')) bad.push('<' + name + '>');
+  const loads = /^(script|iframe|frame|object|embed|img|image|svg|math|style|link|meta|base|form|input|video|audio)$/;
+  if (loads.test(name) && !one.closest('button')) bad.push('<' + name + '>');
   for (const { name: attribute, value } of one.attributes) {
     if (attribute.startsWith('on') || attribute === 'srcdoc' || attribute === 'style' && !one.matches('.token'))
       bad.push(name + ' ' + attribute);

@@ -1,9 +1,11 @@
 """The page in a browser, as its users use it."""
 
+import dataclasses
 import json
 
 import pytest
 
+from infer.serve.served import Registry
 from infer.serve.settings import Settings
 
 pytestmark = pytest.mark.long
@@ -242,3 +244,46 @@ def test_reload_in_mid_answer_keeps_what_was_shown(page, script):
     page.until(lambda: page(".end"))
     assert page.texts[-1].startswith(text)
     assert "interrupted" in page.one(".end").text
+
+
+def test_a_server_that_ends_in_mid_answer_and_starts_again(page_at, serving, script, url, tmp_path):
+    settings = Settings(conversations=tmp_path / "c.sqlite")
+    with serving(settings) as address:
+        page = page_at(address).open()
+        page.write(script.add("slow", " ".join(f"word{number}" for number in range(400)), pause=0.03))
+        page.until(lambda: "word9" in page.texts[-1])
+        place = page.driver.current_url.rpartition("/")[2]
+    page.until(lambda: page.one("#error").is_displayed())
+    page.idle()
+    text = page.texts[-1]
+    assert "word9" in text
+    assert page.one("#input").get_attribute("value") == ""
+    with serving(settings) as address:
+        page = page_at(address).open(f"/{place}")
+        page.until(lambda: page(".end"))
+        assert page.texts[-1].startswith(text)
+    assert all("ERR_" in one for one in page.complaints)
+
+
+def test_the_model_is_chosen_and_remembered(page_at, serving, served):
+    without = served.tokenizer.with_chat_template(None)
+    others = [dataclasses.replace(served, name="other"), dataclasses.replace(served, name="base", tokenizer=without)]
+    with serving(Settings(), Registry([served, *others])) as address:
+        page = page_at(address).open()
+        assert [one.text for one in page("#model option")] == ["tiny", "other", "base (no chat template)"]
+        assert page.one("#not-stored").is_displayed()
+        page.set("max_tokens", 3)
+        page.set("model", "other")
+        assert page.one(".welcome h2").text == "other"
+        page.say("a")
+        assert page.one(".message.last .stats").text.startswith("other · ")
+        page.set("model", "tiny")
+        page.button("Regenerate")
+        page.until(lambda: page.one(".message.last .stats").text.startswith("tiny · "))
+        page.button("Previous version")
+        page.until(lambda: page.one(".message.last .stats").text.startswith("other · "))
+        page.driver.refresh()
+        page.until(lambda: page(".message.last"))
+        assert page.one("#model").get_attribute("value") == "tiny"
+        page.js("localStorage.clear()")
+        assert page.complaints == []
