@@ -45,7 +45,8 @@ HERMES = """\
     {{- "\n</tools>\nTo call one, answer with its name and its arguments as JSON:\n<tool_call>\n" }}
     {{- '{"name": <name>, "arguments": <arguments>}' + "\n</tool_call><|im_end|>\n" }}
 {%- endif %}
-{%- for message in messages if not (tools and loop.first and message.role == "system") %}
+{%- set shown = tools and messages[0].role == "system" %}
+{%- for message in (messages[1:] if shown else messages) %}
     {%- if message.content is not string %}
         {{- raise_exception("this template writes messages with a text as content, and no others") }}
     {%- endif %}

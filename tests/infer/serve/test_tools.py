@@ -152,3 +152,33 @@ def test_a_random_model_calls_what_it_has_to(served, registry, events):
     history = [*body["messages"], answer["message"], {"role": "tool", "tool_call_id": made["id"], "content": "sun"}]
     after = client.post("/v1/chat/completions", json=body | {"messages": history, "tool_choice": "auto"})
     assert after.status_code == 200, after.text
+
+
+def test_the_template_that_is_given_by_name(tokenizer):
+    """Its calls are those that are read, and a system message is written once, above the tools."""
+    from model.tokenizer.templates import read_template
+
+    named = tokenizer.with_chat_template(read_template("hermes"))
+    assert tools_of([WEATHER, TIME], None, None, named) is not None
+    calls = [call("get_weather", city="Köln"), call("time")]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the time"},
+        {"role": "assistant", "content": "", "tool_calls": [one.as_dict() for one in calls]},
+        {"role": "tool", "content": "sun"},
+    ]
+    turns = template_messages(messages, named.chat_template)
+    text = named.apply_chat_template(turns, add_generation_prompt=True, tools=[WEATHER, TIME])
+    assert text.count("Be brief.") == text.count("<|im_start|>system") == 1
+    assert json.dumps(WEATHER, ensure_ascii=False) in text
+    answer = text.partition("<|im_start|>assistant\n")[2].partition("<|im_end|>")[0]
+    assert pushed(answer, {"get_weather": {}, "time": {}}) == calls
+    assert text.endswith("<tool_response>\nsun\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    plain = named.apply_chat_template(messages[:2], add_generation_prompt=True)
+    assert plain == tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)
+
+
+def pushed(text, names):
+    """What a parser makes of a whole text."""
+    parser = ToolParser(names)
+    return parser.push(text) + parser.finish()
