@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
