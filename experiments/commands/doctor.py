@@ -15,6 +15,7 @@ ENABLES = {
     "parquet": "data prepare FILE.parquet, tables in Parquet",
     "hub": "data prepare hf:OWNER/NAME",
     "eval": "lm-evaluation-harness on our models (python -m experiments.evaluate.harness)",
+    "serve": "isoflop serve, chat, bench serve",
     "wandb": "train --wandb PROJECT",
     "search": "sweep run --sampler gp or cmaes, fANOVA in sweep report",
     "cuda": "one or more NVIDIA GPUs",
