@@ -40,8 +40,9 @@ class ServiceStopped(Exception):
 class Load(NamedTuple):
     """What a service does at present.
 
-    running: requests in slots. waiting: all others that have not ended. cache_share: share of the slots' tokens that
-    hold some request's tokens. failure: what ended the engine; None: nothing. For the others see `Totals`.
+    running: requests that have left the queue. waiting: all others that have not ended. cache_share: share of the
+    slots' tokens that hold some request's tokens. failure: what ended the engine; None: nothing. For the others see
+    `Totals`.
     """
 
     running: int
@@ -253,9 +254,10 @@ class Service:
 
     def _measure(self) -> None:
         """Update what other threads read."""
-        engine, running = self.engine, self.engine.running
-        held = sum(len(request.prompt) + len(request.tokens) for request in running)
-        self._running, self._cache_share = len(running), held / (engine.slots * engine.capacity)
+        engine = self.engine
+        held = sum(len(request.prompt) + len(request.tokens) for request in engine.running)
+        self._running = sum(request.started is not None for request in self._listeners)
+        self._cache_share = held / (engine.slots * engine.capacity)
         if self._durations:  # busy slots free one another's place at this interval
             interval = sum(self._durations) / len(self._durations) / engine.slots
             self._retry_after = min(max(interval, _SHORTEST_RETRY), _LONGEST_RETRY)

@@ -150,7 +150,7 @@ class _Models(Collector):
         def each(values: dict[str, Any], get: Callable[[Any], float]) -> dict[tuple[str, ...], float]:
             return {(name,): get(value) for name, value in values.items()}
 
-        yield self._gauge("num_requests_running", "Requests in slots.", each(loads, lambda load: load.running))
+        yield self._gauge("num_requests_running", "Requests that are served.", each(loads, lambda load: load.running))
         yield self._gauge("num_requests_waiting", "Requests that wait.", each(loads, lambda load: load.waiting))
         usage = each(loads, lambda load: load.cache_share)
         yield self._gauge("kv_cache_usage_perc", "Share of the slots' cache that is used; 1 is all of it.", usage)
