@@ -1,10 +1,14 @@
-"""Prepare the process of a command: standard streams, memory allocation, cache of compiled programs."""
+"""The process of a command: standard streams, memory allocation, cache of compiled programs, signals."""
 
 import ctypes
 import os
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # glibc's `mallopt` parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -43,3 +47,20 @@ def use_compile_cache() -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "isoflop" / "xla")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@contextmanager
+def interrupt_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM end the work as Ctrl-C does; in the main thread only, since no other one can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous: Callable | int | None = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -6,16 +6,14 @@ trials continue, and how far; a rung is a run that stops early and is continued 
 
 import logging
 import math
-import signal
 import textwrap
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.evaluate.loss import bits_per_byte
+from experiments.process import interrupt_on_sigterm
 from experiments.sweep.branches import branch_points
 from experiments.sweep.ledger import Claim, Ledger
 from experiments.sweep.objectives import (
@@ -55,7 +53,7 @@ def work(sweep: Sweep, ledger: Ledger) -> None:
     If a cohort raises, its trials fail, with the reason in the ledger, and the worker continues with other cohorts.
     Raises KeyboardInterrupt after Ctrl-C or SIGTERM, after the claimed trials are saved and released.
     """
-    with _interrupt_on_sigterm():
+    with interrupt_on_sigterm():
         _Worker(sweep, ledger).run()
 
 
@@ -283,20 +281,3 @@ def _facts(result: Result, lanes: int) -> dict[str, Any]:
         "skipped": result.skipped,
         "branch_step": result.branch_step,
     }
-
-
-@contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM end the work as Ctrl-C does, also between two trainings."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous: Callable | int | None = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -20,6 +20,7 @@ from experiments.bench.peers.child import Child
 from experiments.bench.serve.client import Target
 from experiments.bench.serve.load import Load
 from experiments.bench.serve.outcome import Outcome
+from experiments.process import interrupt_on_sigterm
 from model.errors import InputError, UnknownNameError
 
 START_SECONDS = 600.0
@@ -126,8 +127,9 @@ def started(command: Sequence[str], port: int, name: str, environment: Mapping[s
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the server
             )
         try:
-            _await_health(process, url, name, log)
-            yield url
+            with interrupt_on_sigterm():
+                _await_health(process, url, name, log)
+                yield url
         finally:
             _end(process)
 
