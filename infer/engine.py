@@ -71,8 +71,9 @@ class Engine:
     Requests join and leave between steps (iteration-level scheduling: Yu et al. 2022, Orca). Prompts are prefilled in
     the order of submission, in a cache of one row that is then copied into a free slot. A step prefills at most
     `chunk` tokens of prompts, which bounds how long running requests wait (chunked prefill: Agrawal et al. 2024,
-    Sarathi-Serve). The host reads the tokens of one step while the device computes the next. Not thread-safe: see
-    `infer.service`.
+    Sarathi-Serve), and one token of each running request if more of them are left for free slots: a step takes as long
+    with an empty slot as with a full one. The host reads the tokens of one step while the device computes the next. Not
+    thread-safe: see `infer.service`.
 
     A request's output is that of `generate([prompt], sampling, key=key)` up to rounding. In float32 on a CPU it is the
     same to the last bit whatever else is served, in any slot, before and after a restart: one program of one shape,
@@ -428,7 +429,8 @@ class Engine:
         ]
         if not any(left):
             return None
-        steps = 1 if constrained.any() else min(self.steps, max(left))
+        filling = self._prefill is not None or (bool(self._waiting) and None in owners)
+        steps = 1 if filling or constrained.any() else min(self.steps, max(left))
         halt = np.array([owner is None for owner in owners])
         self._state, emitted = decode(self.config, self.params, self._state, np.int32(steps), halt, masks, constrained)
         for slot in range(self.slots):

@@ -1,5 +1,6 @@
 """Compare a server with others and with the bare engine: the same closed loop, in turns."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,37 +26,42 @@ def take_turns(
 ) -> list[dict[str, Any]]:
     """Return a row per number of streams and contender: median tokens per second, and ours over theirs by round.
 
-    All get the same prompts in a round, and other ones in the next, so that no prefix cache helps. One round before the
-    first is not counted. Raises InputError if a contender does not serve all requests in full.
+    All get the same prompts in a round, and other ones in every other, so that no prefix cache helps. One round before
+    the first is not counted. Raises InputError if a contender does not serve all requests in full.
     """
     check_at_least_one(rounds=rounds, requests=requests)
     rows = []
     with progress_bar("turns", len(streams) * (rounds + 1) * len(contenders)) as advance:
-        for count in streams:
+        for place, count in enumerate(streams):
             speeds: dict[str, list[float]] = {name: [] for name in contenders}
-            rest: dict[str, dict[str, Any]] = {}
+            measured: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
             numbers = dict.fromkeys(contenders, 0)
             for name in [*contenders, *interleaved(list(contenders), rounds)]:
-                load = closed_load(count, make_prompts(requests, seed + numbers[name]))
+                fresh = seed + place * (rounds + 1) + numbers[name]
+                load = closed_load(count, make_prompts(requests, fresh))
                 row = summarize(contenders[name](load), streams=count)
                 _check_whole(name, row, sum(request.max_tokens for request in load.requests))
                 if numbers[name]:
                     speeds[name].append(row["tokens_per_second"])
-                    rest[name] = row
+                    measured[name].append(row)
                 numbers[name] += 1
                 advance()
-            rows += [_row(name, count, speeds, rest[name]) for name in contenders]
+            rows += [_row(name, count, speeds, measured[name]) for name in contenders]
     return rows
 
 
-def _row(name: str, streams: int, speeds: Mapping[str, list[float]], last: Mapping[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {"contender": name, "streams": streams, "requests": last["requests"]}
+def _row(
+    name: str, streams: int, speeds: Mapping[str, list[float]], measured: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"contender": name, "streams": streams, "requests": measured[0]["requests"]}
     row |= median_and_range("tokens_per_second", speeds[name])
     if name != OWN:
         ratios = [own / other for own, other in zip(speeds[OWN], speeds[name], strict=True)]
         row |= median_and_range("isoflop_over_this", ratios)
-    latencies = ("time_to_first_token_seconds", "time_per_output_token_seconds")
-    return row | {name: last[name] for name in latencies} | {"samples": {"tokens_per_second": speeds[name]}}
+    for latency in ("time_to_first_token_seconds", "time_per_output_token_seconds"):
+        known = [one[latency] for one in measured if one[latency] is not None]  # of single tokens, there is none
+        row[latency] = statistics.median(known) if known else None
+    return row | {"samples": {"tokens_per_second": speeds[name]}}
 
 
 def _check_whole(name: str, row: Mapping[str, Any], tokens: int) -> None:
