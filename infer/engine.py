@@ -71,7 +71,7 @@ class Engine:
     Requests join and leave between steps (iteration-level scheduling: Yu et al. 2022, Orca). Prompts are prefilled in
     the order of submission, in a cache of one row that is then copied into a free slot. A step prefills at most
     `chunk` tokens of prompts, which bounds how long running requests wait (chunked prefill: Agrawal et al. 2024,
-    Sarathi-Serve), and one token of each running request if more of them are left for free slots: a step takes as long
+    Sarathi-Serve), and one token of each running request if further prompts wait for free slots: a step takes as long
     with an empty slot as with a full one. The host reads the tokens of one step while the device computes the next. Not
     thread-safe: see `infer.service`.
 
@@ -429,7 +429,7 @@ class Engine:
         ]
         if not any(left):
             return None
-        filling = self._prefill is not None or (bool(self._waiting) and None in owners)
+        filling = bool(self._waiting) and owners.count(None) > (self._prefill is not None)
         steps = 1 if filling or constrained.any() else min(self.steps, max(left))
         halt = np.array([owner is None for owner in owners])
         self._state, emitted = decode(self.config, self.params, self._state, np.int32(steps), halt, masks, constrained)

@@ -239,7 +239,7 @@ class Sweep:
         write_sealed(self.folder / "sweep.json", self.to_dict())
 
     def write_first(self) -> Self:
-        """Write the sweep; if another process has just written the same sweep, take over its id."""
+        """Write the sweep unless its folder has one; return it with the id in the folder."""
         with locked(self.folder):
             if (self.folder / "sweep.json").exists():
                 return dataclasses.replace(self, id=id_in(self.folder))

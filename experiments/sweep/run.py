@@ -30,7 +30,7 @@ def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
             Storage(sweep.address)  # if the storage cannot be reached, nothing is written
         elif (file := file_of(sweep.address)) is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-        sweep = sweep.write_first()
+    sweep = sweep.write_first()  # another process may have written it since it was defined
     ledger = Ledger(sweep, interval=interval, grace=grace)  # which raises for a copied folder before changing it
     with locked(sweep.folder):
         sweep.write()

@@ -158,14 +158,15 @@ def test_ten_times_the_capacity(small, record_property):
     name = small.call("GET", "/v1/models").body["data"][0]["id"]
     target = Target(small.url, name, timeout=300, body={"ignore_eos": True})
     with new_client(NICE) as client:
-        client.run(target, closed_load(SLOTS, prompts(2 * SLOTS, random)))
-        before = summarize(client.run(target, closed_load(SLOTS, prompts(8 * SLOTS, random))))
+        # Twice as many streams as slots: streams that end together would read their prompts together, beside no one.
+        client.run(target, closed_load(2 * SLOTS, prompts(2 * SLOTS, random)))
+        before = summarize(client.run(target, closed_load(2 * SLOTS, prompts(8 * SLOTS, random))))
         rate, tpot = before["requests_per_second"], before["time_per_output_token_seconds"]
         load = open_load(TIMES * rate, prompts(round(TIMES * rate * OVERLOAD_SECONDS), random))
         memory, threads = small.resident_bytes, small.threads
         with watched(small) as looks:
             outcomes = client.run(target, load)
-        after = summarize(client.run(target, closed_load(SLOTS, prompts(8 * SLOTS, random))))
+        after = summarize(client.run(target, closed_load(2 * SLOTS, prompts(8 * SLOTS, random))))
 
     refused = [1000 * (one.ended - one.sent) for one in outcomes if one.status == "refused"]
     served = [one for one in outcomes if one.status == "served"]
