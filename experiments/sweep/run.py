@@ -9,7 +9,7 @@ from experiments.sweep import launch, live
 from experiments.sweep.address import check_given, file_of, kept, without_password
 from experiments.sweep.identity import copy_trials, keep_id, study_name, with_id, with_storage
 from experiments.sweep.ledger import Ledger
-from experiments.sweep.record import Sweep, new_id
+from experiments.sweep.record import Sweep, id_in, new_id
 from experiments.sweep.row import ENDED, LedgerRow
 from experiments.sweep.storage import Storage
 from experiments.sweep.worker import plan, work
@@ -30,7 +30,9 @@ def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
             Storage(sweep.address)  # if the storage cannot be reached, nothing is written
         elif (file := file_of(sweep.address)) is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-    sweep = sweep.write_first()  # another process may have written it since it was defined
+        sweep = sweep.write_first()
+    else:  # perhaps written by another process after this sweep was defined
+        sweep = dataclasses.replace(sweep, id=id_in(sweep.folder) or sweep.id)
     ledger = Ledger(sweep, interval=interval, grace=grace)  # which raises for a copied folder before changing it
     with locked(sweep.folder):
         sweep.write()
