@@ -23,7 +23,10 @@ def embed(client, given, **fields):
 
 
 def mean_of(config, params, ids):
-    hidden = forward(config, params, jnp.array([ids]), outputs=("final_hidden",)).final_hidden[0]
+    # A decoder's states do not depend on what comes after: all lengths share one program.
+    row = np.zeros((1, 96 if config.stack == "decoder" else len(ids)), np.int32)
+    row[0, : len(ids)] = ids
+    hidden = forward(config, params, jnp.array(row), outputs=("final_hidden",)).final_hidden[0, : len(ids)]
     mean = np.asarray(hidden, np.float64).mean(0)
     return mean / np.linalg.norm(mean)
 
