@@ -235,6 +235,7 @@ def test_a_sweep_in_a_journal_goes_on(place, call, commands, no_svg):
     assert finished(folder, was) == ended
 
 
+@pytest.mark.long
 def test_a_scaling_study_goes_on(place, call, commands, monkeypatch, no_svg):
     from experiments.commands.scaling import report
 

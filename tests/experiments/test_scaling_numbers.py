@@ -31,6 +31,7 @@ def awkward(seed):
     return {"params": params, "tokens": tokens, "loss": loss * np.exp(rng.normal(0, 10 ** rng.uniform(-6, 0), 30))}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_numerical_warning_escapes_from_awkward_tables():
     """Every estimator with its intervals and answers; a refusal in words is an answer."""

@@ -382,6 +382,7 @@ def test_a_run_with_an_adapter_of_experts_and_head_opens_as_it_was_trained(recip
     assert loss == pytest.approx(read_metrics(tmp_path / "run")[-1]["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_eight_devices_are_one(on_eight_devices):
     found = on_eight_devices(SCRIPT, 2, "data=1", "fsdp=2,sequence=2,tensor=2")
     for name, losses in found.items():

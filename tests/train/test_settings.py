@@ -34,6 +34,7 @@ def texts(params):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_text_is_the_same_with_x64_and_strict_promotion(params):
     usual = texts(params)
