@@ -1,4 +1,4 @@
-"""What a constraint on the tokens of an output has to offer, such as a grammar that the output must match."""
+"""Define the interface of constraints on the tokens of an output, such as a grammar that it must match."""
 
 from typing import Protocol
 

@@ -32,7 +32,7 @@ from model.sharding import under_mesh_of
 
 
 class Totals(NamedTuple):
-    """What an engine has done since it started or warmed up.
+    """Counts of an engine since it started or warmed up.
 
     prompt_tokens: of all requests that left the queue. generated_tokens: those dropped with a stop string included.
     finished: requests by finish reason. prefix_queries: tokens of prompts that were looked up in the prefix cache.

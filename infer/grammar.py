@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from infer.constraint import words_of
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.tokenizer.token_bytes import token_bytes
@@ -118,7 +119,7 @@ class GrammarConstraint:
     """The state of one text under a grammar; an `infer.constraint.Constraint`."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, end_ids: Iterable[int]):
-        self._matcher, self._words = matcher, -(-vocab_size // 32)
+        self._matcher, self._words = matcher, words_of(vocab_size)
         self._ends = np.zeros(self._words, np.uint32)
         self._end_ids = frozenset(end_ids)
         for token in self._end_ids:

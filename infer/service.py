@@ -38,7 +38,7 @@ class ServiceStopped(Exception):
 
 
 class Load(NamedTuple):
-    """What a service does at present.
+    """The present load of a service.
 
     running: requests that have left the queue. waiting: all others that have not ended. cache_share: share of the
     slots' tokens that hold some request's tokens. failure: what ended the engine; None: nothing. For the others see

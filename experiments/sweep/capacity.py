@@ -15,7 +15,7 @@ REFINEMENTS = 5  # rates about the crossing, fewer than for one model: a sweep m
 
 @dataclasses.dataclass(frozen=True)
 class ServiceLevel(Part):
-    """What is served, and what counts as good: of every trial of a sweep.
+    """The load that every trial of a sweep is measured under, and what counts as a good request.
 
     limits: such as ("ttft:200", "tpot:20"), in milliseconds. share: of the requests that keep them at the capacity.
     Prompts have from half to one and a half times `decode.context` tokens, answers `output` tokens, and the engine

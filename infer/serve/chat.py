@@ -1,7 +1,5 @@
 """/v1/chat/completions: answer a conversation."""
 
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -13,12 +11,12 @@ from starlette.requests import Request
 from infer.completion import Update
 from infer.serve.endpoint import Endpoint
 from infer.serve.errors import ApiError
-from infer.serve.generation import Generation, attended, constraint_of, room, run, sampling_of
+from infer.serve.generation import Generation, answered, constraint_of, identity, room, run, sampling_of
 from infer.serve.logprobs import TokenNames
 from infer.serve.prompts import chat_prompt, plain_messages
 from infer.serve.served import Registry, Served
 from infer.serve.settings import Settings
-from infer.serve.sse import DONE, EventStream, event
+from infer.serve.sse import DONE, event
 from infer.serve.tools import ToolParser, Tools, calls_only, template_messages, tools_of
 from infer.serve.types import (
     AnswerMessage,
@@ -41,10 +39,7 @@ def routes(registry: Registry, settings: Settings) -> list[Endpoint]:
 
     async def chat(request: Request, body: ChatRequest) -> Any:
         call = await _Call.create(body, registry.get(body.model))
-        if body.stream:
-            return EventStream(call.events(), call.generation.close)
-        with call.generation:
-            return await attended(request, call.whole())
+        return await answered(request, call, body.stream)
 
     return [
         Endpoint(
@@ -69,12 +64,7 @@ class _Call:
         self._parsers = None if tools is None else [tools.parser() for _ in range(body.n or 1)]
         self.body, self.prompt, self.generation = body, prompt, generation
         self._names = TokenNames(served, as_ids=bool(body.return_tokens_as_token_ids)) if body.logprobs else None
-        self._common: dict[str, Any] = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": served.name,
-            "system_fingerprint": served.fingerprint,
-        }
+        self._common = identity("chatcmpl", served)
         self._completion_tokens = 0
         self._prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 

@@ -1,8 +1,6 @@
 """/v1/completions: continue prompts."""
 
 import dataclasses
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple
 
@@ -14,12 +12,12 @@ from infer.completion import Update
 from infer.reader import Score
 from infer.serve.endpoint import Endpoint
 from infer.serve.errors import ApiError
-from infer.serve.generation import Generation, attended, constraint_of, room, run, sampling_of
+from infer.serve.generation import Generation, answered, constraint_of, identity, room, run, sampling_of
 from infer.serve.logprobs import Place, TokenNames
 from infer.serve.prompts import filtered, prompts_of
 from infer.serve.served import Registry, Served
 from infer.serve.settings import Settings
-from infer.serve.sse import DONE, EventStream, event
+from infer.serve.sse import DONE, event
 from infer.serve.types import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from infer.serve.usage import usage_of, wants_usage
 
@@ -31,10 +29,7 @@ def routes(registry: Registry, settings: Settings) -> list[Endpoint]:
 
     async def complete(request: Request, body: CompletionRequest) -> Any:
         call = await _Call.create(body, registry.get(body.model))
-        if body.stream:
-            return EventStream(call.events(), call.generation.close)
-        with call.generation:
-            return await attended(request, call.whole())
+        return await answered(request, call, body.stream)
 
     return [
         Endpoint(
@@ -65,12 +60,7 @@ class _Call:
         self.body, self.prompts, self.generation = body, prompts, generation
         self._n = body.n or 1
         self._names = TokenNames(served, as_ids=bool(body.return_tokens_as_token_ids))
-        self._common: dict[str, Any] = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": served.name,
-            "system_fingerprint": served.fingerprint,
-        }
+        self._common = identity("cmpl", served)
         self._completion_tokens = 0
         self._places = [Place(len(prompt.text or "")) for prompt in prompts for _ in range(self._n)]
         self._ends: tuple[int, ...] = ()

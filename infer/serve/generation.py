@@ -5,9 +5,11 @@ import contextlib
 import dataclasses
 import math
 import re
+import secrets
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import anyio.to_thread
 import msgspec
@@ -25,7 +27,7 @@ from infer.serve.errors import ApiError
 from infer.serve.filters import Chain
 from infer.serve.limits import ACCOUNT, spend
 from infer.serve.served import Served
-from infer.serve.sse import until_gone
+from infer.serve.sse import EventStream, until_gone
 from infer.serve.types import ChatRequest, GenerationRequest, StructuredOutputs
 from model.errors import InputError
 
@@ -364,6 +366,36 @@ def param_of(error: InputError, other: str | None) -> str | None:
     name = str(error).partition("=")[0]
     name = _FIELDS.get(name, name)
     return name if name in GenerationRequest.__struct_fields__ else other
+
+
+class Call(Protocol):
+    """A request that has been queued."""
+
+    generation: Generation
+
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """Yield the events of a stream."""
+
+    async def whole(self) -> Any:
+        """Return the whole response."""
+
+
+async def answered(request: HttpRequest, call: Call, stream: bool | None) -> Any:
+    """Return the response of a call: a stream of its events, or the whole. A client that leaves cancels it."""
+    if stream:
+        return EventStream(call.events(), call.generation.close)
+    with call.generation:
+        return await attended(request, call.whole())
+
+
+def identity(prefix: str, served: Served) -> dict[str, Any]:
+    """Return the fields that all chunks of a response share; prefix: of its id."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "model": served.name,
+        "system_fingerprint": served.fingerprint,
+    }
 
 
 async def attended(request: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result:

@@ -67,7 +67,7 @@ class Capacity:
     share: float
     """The share of good requests at the capacity: the service level."""
     dispersion: float
-    """How many times the variance of good requests exceeds that of independent requests; at least 1."""
+    """The variance of the number of good requests over that of independent requests; at least 1."""
     rates: tuple[RateShare, ...]
     confidence: float = CONFIDENCE
     method: str = METHOD

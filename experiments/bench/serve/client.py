@@ -85,7 +85,7 @@ class ResponseParser:
 
     @property
     def keeps_alive(self) -> bool:
-        """Whether the connection can carry another request."""
+        """True if the connection can carry another request."""
         return self.complete and self.headers.get("connection", "").lower() != "close" and self._has_length
 
     @property
@@ -166,7 +166,7 @@ class EventParser:
 
 
 class _Stream:
-    """What the chunks of one stream have said so far."""
+    """Collects what the chunks of one stream have said so far."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,13 +1,12 @@
 """Drive the engine in this process with a load, without HTTP."""
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.bench.serve.load import Load, LoadRequest, closed_load, open_load
+from experiments.bench.serve.load import Load, LoadRequest, open_load
 from experiments.bench.serve.measures import Limits, summarize
 from experiments.bench.serve.outcome import Outcome
 from experiments.bench.serve.prompts import around, random_ids
@@ -127,9 +126,3 @@ def warm(engine: Engine, load: Load) -> Engine:
     """Compile all programs that a load needs, and return the engine."""
     engine.warm_up([len(_ids(request)) for request in load.requests])
     return engine
-
-
-def saturated(engine: Engine, prompts: Sequence[Any], streams: int, **clocks: Any) -> float:
-    """Return the requests per second of a closed loop with this many streams: what no rate above can exceed."""
-    load = closed_load(streams, list(itertools.islice(itertools.cycle(prompts), max(len(prompts), 2 * streams))))
-    return summarize(drive(warm(engine, load), load, **clocks))["requests_per_second"]

@@ -18,7 +18,7 @@ TOKEN = " word"
 
 @dataclass(frozen=True)
 class Stub:
-    """How the stub answers. Times in seconds; slots: requests at a time, beyond which it refuses with 429."""
+    """The speed and the size of the stub. Times in seconds; slots: requests at a time, beyond which it answers 429."""
 
     ttft: float = 0.05
     itl: float = 0.01

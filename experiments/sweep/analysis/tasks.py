@@ -48,7 +48,7 @@ class TaskComparison:
     signal_to_noise_interval: tuple[float, float] | None = None
     """95 %, from resampled settings."""
     variance_shares: dict[str, float | None] | None = None
-    """Of one answer of the best setting: the shares of seeds, questions, and both; None without a second seed."""
+    """The shares of seeds, questions and both in the variance of the best setting; None without a second seed."""
 
     @property
     def sentence(self) -> str:
